@@ -1,0 +1,71 @@
+//! Typed views that keep their mapping alive: bounds are checked once, at the start.
+
+use std::fmt;
+use std::ops::Deref;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use super::{Mapping, MappingError, SharedWords};
+
+/// A slice of shared objects inside a mapping it co-owns.
+pub struct SharedSlice<T: SharedWords> {
+    slice: NonNull<[T]>,
+    mapping: Arc<Mapping>,
+}
+
+impl<T: SharedWords> SharedSlice<T> {
+    /// The `count` objects from `offset` of `mapping`.
+    ///
+    /// # Errors
+    /// They would reach past the end, or are not aligned.
+    pub fn new(mapping: &Arc<Mapping>, offset: usize, count: usize) -> Result<SharedSlice<T>, MappingError> {
+        let slice = NonNull::from(mapping.array::<T>(offset, count)?);
+        Ok(SharedSlice { slice, mapping: Arc::clone(mapping) })
+    }
+}
+
+// SAFETY: `T` is atomics only, and the mapping lives as long as the view; nothing belongs to one thread.
+unsafe impl<T: SharedWords> Send for SharedSlice<T> {}
+// SAFETY: as above; shared access is through atomics.
+unsafe impl<T: SharedWords> Sync for SharedSlice<T> {}
+
+impl<T: SharedWords> Deref for SharedSlice<T> {
+    type Target = [T];
+
+    #[inline]
+    fn deref(&self) -> &[T] {
+        // SAFETY: `new` took the pointer from a checked reference into the mapping, which `self.mapping` keeps mapped
+        // at the same place.
+        unsafe { self.slice.as_ref() }
+    }
+}
+
+impl<T: SharedWords> fmt::Debug for SharedSlice<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedSlice").field("count", &self.slice.len()).field("mapping", &self.mapping).finish()
+    }
+}
+
+/// One shared object inside a mapping it co-owns.
+#[derive(Debug)]
+pub struct SharedObject<T: SharedWords>(SharedSlice<T>);
+
+impl<T: SharedWords> SharedObject<T> {
+    /// The object at `offset` of `mapping`.
+    ///
+    /// # Errors
+    /// It would reach past the end, or is not aligned.
+    pub fn new(mapping: &Arc<Mapping>, offset: usize) -> Result<SharedObject<T>, MappingError> {
+        SharedSlice::new(mapping, offset, 1).map(SharedObject)
+    }
+}
+
+impl<T: SharedWords> Deref for SharedObject<T> {
+    type Target = T;
+
+    #[inline]
+    fn deref(&self) -> &T {
+        // SAFETY: the slice has one element by construction; the cast is to its first.
+        unsafe { self.0.slice.cast::<T>().as_ref() }
+    }
+}

@@ -1,0 +1,77 @@
+//! A worker's view of the table: loads, nothing else.
+
+use std::os::fd::BorrowedFd;
+
+use super::{QueueRecord, TableError, TableMemory, Translation};
+use crate::layout::table::TableHeader;
+use crate::tree::{Leaf, Top};
+
+/// Attempts to copy a queue record between two of the daemon's changes. One change is some ten stores, and they are
+/// rare.
+const RECORD_ATTEMPTS: usize = 1 << 16;
+
+/// A table, mapped read-only. What its methods return means something under a pin ([`crate::epoch`]) and no longer.
+#[derive(Debug)]
+pub struct TableReader {
+    memory: TableMemory,
+}
+
+impl TableReader {
+    /// Maps the table and checks that it is one of this build. `size` comes from WELCOME.
+    ///
+    /// # Errors
+    /// It is not a sealed memfd of that size, or not such a table.
+    pub fn open(fd: BorrowedFd<'_>, size: u64) -> Result<TableReader, TableError> {
+        TableMemory::open(fd, size).map(|memory| TableReader { memory })
+    }
+
+    /// The header's words. The mapping is read-only: a store through them ends the process.
+    #[inline]
+    #[must_use]
+    pub fn header(&self) -> &TableHeader {
+        self.memory.header()
+    }
+
+    /// The leaf or byte-granular range around `iova`.
+    #[inline]
+    #[must_use]
+    pub fn lookup(&self, iova: u64) -> Option<Translation> {
+        self.memory.lookup(iova)
+    }
+
+    /// The tree's leaf around `iova`: the fast path. When it finds nothing, [`TableReader::lookup_side`] still may.
+    #[inline]
+    #[must_use]
+    pub fn lookup_leaf(&self, iova: u64) -> Option<Leaf> {
+        self.memory.lookup_leaf(iova)
+    }
+
+    /// The short way to most leaves, for as long as the present pin lasts. What it does not find,
+    /// [`TableReader::lookup_leaf`] still may.
+    #[inline(always)]
+    #[must_use]
+    pub fn top(&self) -> Top<'_> {
+        self.memory.top()
+    }
+
+    /// The byte-granular range around `iova`, which counts only when the tree has no leaf there.
+    #[inline]
+    #[must_use]
+    pub fn lookup_side(&self, iova: u64) -> Option<Translation> {
+        self.memory.lookup_side(iova)
+    }
+
+    /// A stable copy of a queue record; `None` for an index past the capacity, or when the daemon died while it wrote
+    /// the record.
+    #[must_use]
+    pub fn queue(&self, index: u16) -> Option<QueueRecord> {
+        let words = self.memory.queues().get(usize::from(index))?;
+        (0..RECORD_ATTEMPTS).find_map(|_| {
+            let record = QueueRecord::load(words);
+            if record.is_none() {
+                std::hint::spin_loop();
+            }
+            record
+        })
+    }
+}
