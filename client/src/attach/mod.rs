@@ -1,0 +1,244 @@
+//! The handshake, and the attachment it yields.
+
+mod error;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use iotlb_proto::control::message::{CONTROL_VERSION, HELLO_MAGIC, NAME_MAX};
+use iotlb_proto::control::{DaemonMessage, Hello, Welcome, WorkerMessage};
+use iotlb_proto::layout::table::QUEUE_CAPACITY;
+use iotlb_proto::layout::worker::SEGMENT_SIZE;
+use iotlb_proto::layout::{LAYOUT_HASH, LAYOUT_VERSION};
+use iotlb_proto::liveness::LivenessView;
+use iotlb_proto::shm::memfd;
+use iotlb_proto::socket::PacketSocket;
+use iotlb_proto::table::TableReader;
+use iotlb_proto::worker::WorkerSegment;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::PidfdFlags;
+
+use crate::arena::Arena;
+use crate::control::ControlThread;
+use crate::control::channel::Channel;
+use crate::eventfd;
+use crate::queue::{ClaimError, Queue};
+use crate::reader::{Reader, ReaderError};
+use crate::shared::{Parts, Shared, deadline_in};
+pub use error::AttachError;
+use error::{WELCOME_FDS, refused};
+
+/// How to attach.
+#[derive(Clone, Debug)]
+pub struct AttachOptions {
+    /// Device to attach to, at most 64 bytes; empty = the only one.
+    pub device: String,
+    /// Free text for the daemon's status output, at most 64 bytes.
+    pub label: String,
+    /// Longest the whole handshake may take, in milliseconds.
+    pub timeout_ms: u32,
+}
+
+impl Default for AttachOptions {
+    fn default() -> Self {
+        AttachOptions { device: String::new(), label: String::new(), timeout_ms: 5_000 }
+    }
+}
+
+/// A worker's connection to one device. Clones share it; the last one (and the last [`Reader`] and [`Queue`] made
+/// from it) detaches when it is dropped.
+///
+/// When the daemon dies, or this worker's access is revoked, the attachment is over for good: drop it and its
+/// readers, and connect anew.
+#[derive(Clone, Debug)]
+pub struct Attachment {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    shared: Arc<Shared>,
+    /// Its drop ends the thread.
+    _control: ControlThread,
+}
+
+impl Attachment {
+    /// Connects to the daemon's control socket and attaches.
+    ///
+    /// # Errors
+    /// See [`AttachError`]; each names what to do.
+    pub fn connect(control_socket: &Path, options: &AttachOptions) -> Result<Attachment, AttachError> {
+        let channel = Channel::connect(control_socket, options.timeout_ms).map_err(AttachError::Address)?;
+        Attachment::over(channel, options)
+    }
+
+    /// As [`Attachment::connect`], over a `SOCK_SEQPACKET` socket that is connected already: one that was inherited,
+    /// say.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn from_socket(socket: OwnedFd, options: &AttachOptions) -> Result<Attachment, AttachError> {
+        Attachment::over(Channel::from_socket(socket).map_err(AttachError::Address)?, options)
+    }
+
+    fn over(channel: Channel, options: &AttachOptions) -> Result<Attachment, AttachError> {
+        let deadline = deadline_in(options.timeout_ms);
+        for (what, text) in [("the device name", &options.device), ("the label", &options.label)] {
+            if text.len() > NAME_MAX {
+                return Err(AttachError::NameTooLong { what, len: text.len() });
+            }
+        }
+        let pidfd = own_pidfd().map_err(AttachError::Pidfd)?;
+        let hello = WorkerMessage::Hello(Hello {
+            magic: HELLO_MAGIC,
+            control_version: CONTROL_VERSION,
+            layout_version: LAYOUT_VERSION,
+            layout_hash: LAYOUT_HASH,
+            device: options.device.clone(),
+            label: options.label.clone(),
+        });
+        channel.send(&hello, &[pidfd.as_fd()])?;
+        let (message, fds) = first_answer(&channel, deadline, options.timeout_ms)?;
+        match message {
+            DaemonMessage::Welcome(welcome) => Attachment::welcomed(channel, welcome, fds),
+            DaemonMessage::Refused(refusal) => Err(refused(refusal, &options.device)),
+            _ => Err(AttachError::Unexpected),
+        }
+    }
+
+    fn welcomed(channel: Channel, welcome: Welcome, fds: Vec<OwnedFd>) -> Result<Attachment, AttachError> {
+        let count = fds.len();
+        let [table, segment, liveness, doorbell] =
+            <[OwnedFd; WELCOME_FDS]>::try_from(fds).map_err(|_| AttachError::Descriptors { count })?;
+        if welcome.segment_size != SEGMENT_SIZE as u64 {
+            return Err(AttachError::Welcome { field: "segment_size", value: welcome.segment_size });
+        }
+        if usize::from(welcome.queues) > QUEUE_CAPACITY {
+            return Err(AttachError::Welcome { field: "queues", value: u64::from(welcome.queues) });
+        }
+        for (what, fd, size) in
+            [("table", &table, welcome.table_size), ("worker segment", &segment, welcome.segment_size)]
+        {
+            memfd::check_sealed(fd.as_fd(), size).map_err(|source| AttachError::Seals { what, size, source })?;
+        }
+        eventfd::adopt(&doorbell).map_err(AttachError::Doorbell)?;
+        let shared = Arc::new(Shared::new(Parts {
+            table: TableReader::open(table.as_fd(), welcome.table_size).map_err(AttachError::Table)?,
+            segment: WorkerSegment::open(segment.as_fd(), welcome.incarnation).map_err(AttachError::Segment)?,
+            liveness: LivenessView::open(liveness.as_fd(), welcome.liveness_offset).map_err(AttachError::Liveness)?,
+            arena: Arena::new(welcome.arena_size)?,
+            doorbell,
+            channel,
+            events: eventfd::create().map_err(AttachError::Events)?,
+            worker: welcome.worker,
+            device: welcome.device,
+            queues: welcome.queues,
+        }));
+        let control = ControlThread::start(Arc::clone(&shared)).map_err(AttachError::Thread)?;
+        Ok(Attachment { inner: Arc::new(Inner { shared, _control: control }) })
+    }
+
+    /// A reader for one thread.
+    ///
+    /// # Errors
+    /// When all reader slots of this worker are taken, or the attachment is over.
+    pub fn reader(&self) -> Result<Reader, ReaderError> {
+        Reader::new(self.clone())
+    }
+
+    /// Leases queues: all of them, or none.
+    ///
+    /// # Errors
+    /// When the daemon refuses one of them, does not answer within `timeout_ms`, or the attachment is over.
+    pub fn claim_queues(&self, queues: &[u16], timeout_ms: u32) -> Result<Vec<Queue>, ClaimError> {
+        Queue::claim(self, queues, timeout_ms)
+    }
+
+    /// Whether the daemon lives and has not revoked this worker's access. Loads only.
+    #[must_use]
+    pub fn alive(&self) -> bool {
+        self.shared().check().is_ok()
+    }
+
+    /// The segment this worker shares with the daemon: counters, progress words.
+    #[must_use]
+    pub fn segment(&self) -> &WorkerSegment {
+        &self.shared().segment
+    }
+
+    /// The table, read-only. What a lookup yields means something only under a pin.
+    #[must_use]
+    pub fn table(&self) -> &TableReader {
+        &self.shared().table
+    }
+
+    /// An event descriptor that is readable, until [`Attachment::clear_events`], once a leased queue got other
+    /// descriptors or the attachment's state changed. Only to be polled.
+    #[must_use]
+    pub fn events(&self) -> BorrowedFd<'_> {
+        self.shared().events.as_fd()
+    }
+
+    /// Makes [`Attachment::events`] unreadable until the next change. Clear first, then look at what changed.
+    pub fn clear_events(&self) {
+        eventfd::clear(self.shared().events.as_fd());
+    }
+
+    /// Rings the device has.
+    #[must_use]
+    pub fn queue_count(&self) -> u16 {
+        self.shared().queues
+    }
+
+    /// What the daemon calls this worker in logs and status.
+    #[must_use]
+    pub fn worker(&self) -> u32 {
+        self.shared().worker
+    }
+
+    /// Name of the device.
+    #[must_use]
+    pub fn device(&self) -> &str {
+        &self.shared().device
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.inner.shared
+    }
+}
+
+fn first_answer(
+    channel: &Channel,
+    deadline: Instant,
+    timeout_ms: u32,
+) -> Result<(DaemonMessage, Vec<OwnedFd>), AttachError> {
+    loop {
+        if let Some(answer) = channel.receive()? {
+            return Ok(answer);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(AttachError::TimedOut { timeout_ms });
+        }
+        let timeout = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::from(u32::MAX), tv_nsec: 0 });
+        match poll(&mut [PollFd::new(channel, PollFlags::IN)], Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(AttachError::Poll(errno.into())),
+        }
+    }
+}
+
+/// A descriptor that stands for this process. Where `pidfd_open` is not known (valgrind 3.19, under which the hot paths
+/// are counted, is one such place), the other end of a socket pair names the same process.
+fn own_pidfd() -> io::Result<OwnedFd> {
+    match rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()) {
+        Err(rustix::io::Errno::NOSYS) => {
+            let (one, _other) = PacketSocket::pair().map_err(io::Error::other)?;
+            one.peer_pidfd().map_err(io::Error::other)
+        }
+        opened => opened.map_err(io::Error::from),
+    }
+}

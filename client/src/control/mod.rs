@@ -1,0 +1,164 @@
+//! The control thread: one an attachment. It maps regions, keeps leases current, revokes, and notices the daemon's end.
+//!
+//! It is the only thread that changes the arena, so a revocation excludes remapping by coming from the same thread.
+
+pub(crate) mod channel;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use iotlb_proto::control::{DaemonMessage, WorkerMessage};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tracing::{error, info, warn};
+
+use crate::eventfd;
+use crate::shared::Shared;
+use channel::ChannelError;
+
+/// How often the thread looks at the liveness word, in nanoseconds. The socket's end usually comes first; but the
+/// socket may outlive the server process, when another process holds it too.
+const LIVENESS_PERIOD_NS: i64 = 200_000_000;
+
+/// The running thread; dropping this ends it.
+#[derive(Debug)]
+pub(crate) struct ControlThread {
+    stop: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ControlThread {
+    pub(crate) fn start(shared: Arc<Shared>) -> io::Result<ControlThread> {
+        let stop = Arc::new(eventfd::create()?);
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::Builder::new()
+            .name("iotlb-control".to_owned())
+            .spawn(move || Control { shared }.run(&stopped))?;
+        Ok(ControlThread { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for ControlThread {
+    fn drop(&mut self) {
+        eventfd::signal(self.stop.as_fd());
+        if let Some(thread) = self.thread.take() {
+            // A panic over there was reported by the panic hook, and ends with the attachment.
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Control {
+    shared: Arc<Shared>,
+}
+
+impl Control {
+    fn run(&self, stop: &OwnedFd) {
+        loop {
+            match self.wait(stop) {
+                Ok(true) => {
+                    // The last reader is gone (each holds the attachment), so nothing here pins any more. Without
+                    // these words the daemon would count this worker's slots, and keep its queues, until the process
+                    // ends. An Err means that the daemon is gone already.
+                    let _ = self.shared.channel.send(&WorkerMessage::Revoked, &[]);
+                    break;
+                }
+                Ok(false) => {}
+                Err(error) => {
+                    error!(%error, "control thread cannot wait; the attachment is over");
+                    break;
+                }
+            }
+            match self.serve() {
+                Ok(()) => {}
+                Err(ChannelError::Closed) => {
+                    info!(worker = self.shared.worker, "the daemon closed the control socket; the attachment is over");
+                    break;
+                }
+                Err(error) => {
+                    error!(%error, "control socket: the attachment is over");
+                    break;
+                }
+            }
+            if !self.shared.liveness.alive() {
+                info!(worker = self.shared.worker, "the daemon died; the attachment is over");
+                break;
+            }
+        }
+        self.shared.set_lost();
+        self.shared.channel.shut_down();
+    }
+
+    /// Waits for work; `true` when the thread is to end.
+    fn wait(&self, stop: &OwnedFd) -> io::Result<bool> {
+        let mut fds = [PollFd::new(&self.shared.channel, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+        let timeout = Timespec { tv_sec: 0, tv_nsec: LIVENESS_PERIOD_NS };
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(!fds[1].revents().is_empty()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Handles every message there is.
+    fn serve(&self) -> Result<(), ChannelError> {
+        while let Some((message, fds)) = self.shared.channel.receive()? {
+            self.handle(message, fds)?;
+        }
+        Ok(())
+    }
+
+    fn handle(&self, message: DaemonMessage, mut fds: Vec<OwnedFd>) -> Result<(), ChannelError> {
+        let shared = &*self.shared;
+        match message {
+            DaemonMessage::AddRegion(region) => match fds.pop() {
+                Some(memory) if fds.is_empty() => {
+                    if let Err(error) = shared.arena.add(&region, &memory) {
+                        error!(
+                            region = region.id,
+                            offset = format_args!("{:#x}", region.arena_offset),
+                            size = format_args!("{:#x}", region.size),
+                            %error,
+                            "memory region not mapped; translations into it will be refused"
+                        );
+                    }
+                }
+                _ => error!(region = region.id, "memory region came without exactly one descriptor; ignored"),
+            },
+            DaemonMessage::RemoveRegion { id } => {
+                if let Err(error) = shared.arena.remove(id) {
+                    error!(region = id, %error, "memory region not unmapped");
+                }
+            }
+            DaemonMessage::MemoryMap { generation } => {
+                shared.set_mapped(generation);
+                shared.channel.send(&WorkerMessage::Mapped { generation }, &[])?;
+            }
+            DaemonMessage::Lease(lease) => {
+                if shared.leases.granted(&lease, fds) {
+                    shared.raise_events();
+                }
+            }
+            DaemonMessage::LeaseRefused { queue, claim, reason } => {
+                if shared.leases.refused(queue, claim, reason) {
+                    shared.raise_events();
+                }
+            }
+            DaemonMessage::Revoke => {
+                shared.set_revoked();
+                match shared.arena.revoke() {
+                    Ok(()) => {
+                        warn!(worker = shared.worker, "the daemon revoked this worker's access to guest memory");
+                        shared.channel.send(&WorkerMessage::Revoked, &[])?;
+                    }
+                    // Without an answer the daemon goes on to kill this process, which is what is left to do.
+                    Err(error) => error!(%error, "guest memory could not be made unreachable"),
+                }
+            }
+            DaemonMessage::Welcome(_) | DaemonMessage::Refused(_) => {
+                warn!("the daemon sent a handshake message after the handshake; ignored");
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,354 @@
+//! One leased queue: its ring, what it waits for, and its notifications.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use iotlb_proto::access::Access;
+use iotlb_proto::sync::Ordering;
+use iotlb_proto::table::QueueRecord;
+use iotlb_proto::worker::WorkerSegment;
+
+use crate::queue::vring::{Limits, Miss, MissPlace, MissSet, RingFault, Vring};
+use crate::{Answer, Guard, PinError, Queue, Reader, RequestError, ResolveError, Ticket};
+
+/// How long a miss may take. Below half of the time after which the daemon revokes a stalled reader, although nobody
+/// waits pinned: the ring stands still meanwhile.
+const MISS_TIMEOUT_MS: u32 = 400;
+
+/// How long a new memory map is waited for at a time.
+const REMAP_TIMEOUT_MS: u32 = 100;
+
+/// Answers waited for at a time, when fewer are needed at once: to be woken for each page costs more than the page.
+const ANSWERS_WAITED_FOR: usize = 16;
+
+/// Pause after a miss that nobody answered: the front-end is busy or gone.
+const RETRY_PAUSE: Duration = Duration::from_millis(20);
+
+/// How often a ring without a kick descriptor is looked at: its driver expects to be polled.
+const POLL_PAUSE: Duration = Duration::from_millis(1);
+
+/// Errors of a ring are reported at most this often: each is a message and a log line, and the guest can cause one with
+/// every chain.
+const REPORT_PAUSE: Duration = Duration::from_secs(1);
+
+/// Why the attachment is of no more use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Lost {
+    /// The daemon is gone.
+    #[error("the daemon ended; start it again, and use --reconnect to attach again without help")]
+    DaemonDead,
+    /// The daemon cut this worker off.
+    #[error("the daemon revoked this worker's access; its log says why")]
+    Revoked,
+    /// Another worker owns a queue now.
+    #[error("the lease of queue {queue} ended")]
+    Lease {
+        /// The queue.
+        queue: u16,
+    },
+}
+
+impl From<PinError> for Lost {
+    fn from(error: PinError) -> Lost {
+        match error {
+            PinError::DaemonDead => Lost::DaemonDead,
+            PinError::Revoked => Lost::Revoked,
+        }
+    }
+}
+
+/// What a burst of work reports to its lane.
+#[derive(Debug, Default)]
+pub struct Done {
+    /// The driver wants a call.
+    pub call: bool,
+    /// Chains completed.
+    pub chains: u64,
+    /// Bytes moved.
+    pub bytes: u64,
+    /// Why it ended early.
+    pub fault: Option<RingFault>,
+}
+
+/// How the lane is after a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// As far as the lane is concerned all is done.
+    Idle,
+    /// Something changed; run again soon.
+    Again,
+    /// The ring takes no packets: stopped, broken, or its tables were denied. A kick or a message from the daemon
+    /// ends that.
+    Resting,
+    /// Not before this time.
+    Later(Instant),
+}
+
+/// Why a lane does nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rest {
+    /// The ring is broken; until queue records change.
+    Broken { queue_generation: u64 },
+    /// The front-end denied the ring's tables; until that, or until the guest kicks again.
+    Denied { queue_generation: u64 },
+    /// A miss was not answered.
+    Until(Instant),
+}
+
+/// A queue at work.
+#[derive(Debug)]
+pub struct Lane {
+    queue: Queue,
+    ring: Vring,
+    rest: Option<Rest>,
+    /// The next chain has addresses that were denied.
+    reject: bool,
+    /// The call descriptor was replaced; the driver may have missed a call on the old one.
+    call_owed: bool,
+    /// Started and enabled when last looked at.
+    ready: bool,
+    descriptors: Option<u64>,
+    kick: Option<Arc<OwnedFd>>,
+    reported: Option<Instant>,
+    /// Requests without an answer yet.
+    asked: Vec<(Miss, Ticket)>,
+}
+
+impl Lane {
+    /// Work for a leased queue. `lookahead`: see [`Limits`].
+    #[must_use]
+    pub fn new(queue: Queue, lookahead: u16) -> Lane {
+        Lane {
+            queue,
+            ring: Vring::new(Limits { lookahead, ..Limits::default() }),
+            rest: None,
+            reject: false,
+            call_owed: false,
+            ready: false,
+            descriptors: None,
+            kick: None,
+            reported: None,
+            asked: Vec::new(),
+        }
+    }
+
+    /// The vring's index.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.queue.index()
+    }
+
+    /// Whether the ring takes and gives packets: started and enabled when last looked at, and not resting.
+    #[must_use]
+    pub fn ready(&self) -> bool {
+        self.ready
+    }
+
+    /// The guest kicked.
+    pub fn kicked(&mut self) {
+        if matches!(self.rest, Some(Rest::Denied { .. })) {
+            self.rest = None;
+        }
+    }
+
+    /// The kick descriptor to wait on, when it is another than last time: `(old, new)`.
+    ///
+    /// # Errors
+    ///
+    /// [`Lost::Lease`].
+    #[expect(clippy::type_complexity, reason = "two optional descriptors")]
+    pub fn refresh(&mut self) -> Result<Option<(Option<Arc<OwnedFd>>, Option<Arc<OwnedFd>>)>, Lost> {
+        if !self.queue.held() {
+            return Err(Lost::Lease { queue: self.index() });
+        }
+        let generation = self.queue.descriptors_generation();
+        if self.descriptors == Some(generation) {
+            return Ok(None);
+        }
+        self.descriptors = Some(generation);
+        self.call_owed = true;
+        self.kicked();
+        let new = self.queue.kick();
+        let old = std::mem::replace(&mut self.kick, new.clone());
+        match (&old, &new) {
+            (Some(a), Some(b)) if Arc::ptr_eq(a, b) => Ok(None),
+            _ => Ok(Some((old, new))),
+        }
+    }
+
+    /// Pins and lets `work` loose on the ring; then, unpinned, sees to what stopped it.
+    ///
+    /// # Errors
+    ///
+    /// See [`Lost`].
+    pub fn run(
+        &mut self,
+        reader: &mut Reader,
+        segment: &WorkerSegment,
+        work: impl FnOnce(&mut Vring, &Guard<'_>, &QueueRecord, u64) -> Done,
+    ) -> Result<Step, Lost> {
+        if let Some(Rest::Until(time)) = self.rest {
+            if Instant::now() < time {
+                return Ok(Step::Later(time));
+            }
+            self.rest = None;
+        }
+        self.asked.retain_mut(|(_, ticket)| reader.poll(ticket).is_none());
+        let (done, record, queue_generation) = {
+            let guard = reader.pin()?;
+            let queue_generation = guard.queue_generation();
+            match self.rest {
+                Some(Rest::Broken { queue_generation: then } | Rest::Denied { queue_generation: then })
+                    if then == queue_generation =>
+                {
+                    return Ok(Step::Resting);
+                }
+                _ => self.rest = None,
+            }
+            let record = guard.queue_record(self.queue.index()).filter(|_| guard.running()).unwrap_or_default();
+            let features = guard.acked_features();
+            let rejected = if self.reject { self.reject_next(&guard, &record, features) } else { Done::default() };
+            let mut done = work(&mut self.ring, &guard, &record, features);
+            done.call |= rejected.call;
+            done.chains += rejected.chains;
+            if record.started && (done.call || self.call_owed) {
+                // Inside the pin: afterwards the front-end may have taken the ring away.
+                self.queue.signal_call();
+                self.call_owed = false;
+            }
+            if done.chains > 0 {
+                self.queue.set_progress(self.ring.position());
+            }
+            (done, record, queue_generation)
+        };
+        self.ready = record.started && record.enabled && !matches!(done.fault, Some(RingFault::Stopped));
+        // Only this worker counts here, but its threads share the words. Relaxed: figures, nothing hangs on them.
+        segment.counters.chains.fetch_add(done.chains, Ordering::Relaxed);
+        segment.counters.bytes.fetch_add(done.bytes, Ordering::Relaxed);
+        match done.fault {
+            None if done.chains > 0 => Ok(Step::Again),
+            None if self.ready && self.kick.is_none() => Ok(Step::Later(Instant::now() + POLL_PAUSE)),
+            None => Ok(Step::Idle),
+            Some(RingFault::Stopped) => {
+                self.reject = false;
+                Ok(Step::Resting)
+            }
+            Some(RingFault::Remapping) => {
+                if reader.wait_mapped(REMAP_TIMEOUT_MS) {
+                    return Ok(Step::Again);
+                }
+                Ok(self.pause())
+            }
+            Some(RingFault::Broken(reason)) => {
+                self.report(&format!("the guest broke the ring, which rests until it is set up anew: {reason}"));
+                self.rest = Some(Rest::Broken { queue_generation });
+                self.ready = false;
+                Ok(Step::Resting)
+            }
+            Some(RingFault::Miss(set)) => self.resolve(reader, &set, &record, queue_generation),
+        }
+    }
+
+    /// Gives the chain back whose addresses were denied. Should it be another one by now, it was still one that the
+    /// ring was set up with: a packet is lost, no more.
+    fn reject_next(&mut self, guard: &Guard<'_>, record: &QueueRecord, features: u64) -> Done {
+        self.reject = false;
+        let mut done = Done::default();
+        if let Ok(mut burst) = self.ring.begin(guard, record, features) {
+            if burst.reject_next() == Ok(true) {
+                done.chains = 1;
+            }
+            done.call = burst.publish();
+        }
+        done
+    }
+
+    fn pause(&mut self) -> Step {
+        let until = Instant::now() + RETRY_PAUSE;
+        self.rest = Some(Rest::Until(until));
+        Step::Later(until)
+    }
+
+    /// Asks for all that is missing in one batch, then waits for what the ring needs, and for some of the rest.
+    ///
+    /// Each page is asked for once: a second request that the daemon takes up only after the chain was served and its
+    /// page unmapped would show up as a fault in the guest's log.
+    fn resolve(
+        &mut self,
+        reader: &mut Reader,
+        set: &MissSet,
+        record: &QueueRecord,
+        queue_generation: u64,
+    ) -> Result<Step, Lost> {
+        let new: Vec<Miss> = set.misses.iter().filter(|miss| !self.is_asked(miss)).copied().collect();
+        match reader.request_all(new.iter().map(|miss| (miss.iova, miss.len, miss.access))) {
+            Ok(tickets) => self.asked.extend(new.into_iter().zip(tickets)),
+            Err(RequestError::DaemonDead) => return Err(Lost::DaemonDead),
+            Err(RequestError::Revoked) => return Err(Lost::Revoked),
+            // Full is never said; no miss is empty, wraps or is longer than a cell takes.
+            Err(RequestError::Full | RequestError::Invalid) => return Ok(self.pause()),
+        }
+        let mut waited = false;
+        // From the last on: answers come in order, so this mostly sleeps once.
+        let some = set.required.max(ANSWERS_WAITED_FOR.min(set.misses.len()));
+        for (number, miss) in set.misses[..some].iter().enumerate().rev() {
+            while let Some(at) = self.asked.iter().rposition(|(asked, _)| asked.range().overlaps(miss.range())) {
+                waited = true;
+                let (_, mut ticket) = self.asked.swap_remove(at);
+                match reader.wait(&mut ticket, MISS_TIMEOUT_MS) {
+                    Ok(Answer::Resolved) => {}
+                    Err(ResolveError::DaemonDead) => return Err(Lost::DaemonDead),
+                    Err(ResolveError::Revoked) => return Err(Lost::Revoked),
+                    // It was a wish; when its turn comes it is asked for again.
+                    _ if number >= set.required => {}
+                    // Invalid: memory that cannot be mapped.
+                    Ok(Answer::Denied | Answer::Invalid) => {
+                        return Ok(self.denied(set.place, miss.iova, miss.access, record, queue_generation));
+                    }
+                    Ok(Answer::TimedOut | Answer::Stopped) | Err(_) => return Ok(self.pause()),
+                }
+            }
+        }
+        // Nothing to wait for: other threads have all cells.
+        Ok(if waited { Step::Again } else { self.pause() })
+    }
+
+    fn is_asked(&self, miss: &Miss) -> bool {
+        self.asked.iter().any(|(asked, _)| asked.range().covers(miss.range()) && asked.access.allows(miss.access))
+    }
+
+    fn denied(
+        &mut self,
+        place: MissPlace,
+        iova: u64,
+        access: Access,
+        record: &QueueRecord,
+        queue_generation: u64,
+    ) -> Step {
+        match place {
+            MissPlace::Tables if self.ring.denied(iova, access, record) => Step::Again,
+            MissPlace::Tables => {
+                self.report(&format!("the ring's own page {iova:#x} ({access}) was denied"));
+                self.rest = Some(Rest::Denied { queue_generation });
+                self.ready = false;
+                Step::Resting
+            }
+            MissPlace::Chain => {
+                self.report(&format!("a buffer's page {iova:#x} ({access}) was denied; its chain goes back unused"));
+                self.reject = true;
+                Step::Again
+            }
+        }
+    }
+
+    /// Tells the log, and through the daemon the front-end.
+    fn report(&mut self, reason: &str) {
+        let now = Instant::now();
+        if self.reported.is_none_or(|last| now.duration_since(last) >= REPORT_PAUSE) {
+            self.reported = Some(now);
+            tracing::warn!(queue = self.index(), "{reason}");
+            self.queue.signal_error(reason);
+        }
+    }
+}

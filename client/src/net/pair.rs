@@ -1,0 +1,326 @@
+//! The queues of one pair and the port they share.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use iotlb_proto::worker::WorkerSegment;
+
+use super::backlog::{Backlog, PACKET_MAX};
+use super::echo::Echo;
+use super::header::{GSO_NONE, HEADER_LEN, Header, finish_checksum};
+use super::lane::{Done, Lane, Lost, Step};
+use super::rx::{self, PACKETS_PER_PIN};
+use super::tap::{Tap, TapError, Written};
+use super::tx;
+use crate::Reader;
+
+/// How long a packet waits for the guest to post more buffers. Some drivers post again only after they received
+/// something, so a large packet in front of a small ring must not wait for ever.
+const RX_WAIT_MAX: Duration = Duration::from_millis(200);
+
+/// Where packets come from and go to.
+#[derive(Debug)]
+pub enum Port {
+    /// A queue of a TAP device.
+    Tap(Tap),
+    /// A neighbour in this process.
+    Echo(Echo),
+}
+
+/// What a pair did with packets. All only grow.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Figures {
+    /// Packets that the guest received.
+    pub received: u64,
+    /// Packets that the guest sent, and that the port took.
+    pub sent: u64,
+    /// Packets dropped: too large for the guest's buffers, waited too long, no room, refused by the port.
+    pub dropped: u64,
+    /// Chains of the guest that held no packet.
+    pub malformed: u64,
+}
+
+/// Why a pair cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum PairError {
+    /// The attachment is of no more use.
+    #[error(transparent)]
+    Lost(#[from] Lost),
+    /// The TAP device is gone or fails.
+    #[error("the TAP device failed: {0}")]
+    TapIo(#[source] io::Error),
+    /// The TAP device refuses a setting.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+}
+
+/// One pair: guest RX, guest TX, or both, over one port.
+#[derive(Debug)]
+pub struct Pair {
+    port: Port,
+    rx: Option<Lane>,
+    tx: Option<Lane>,
+    to_guest: Backlog,
+    from_guest: Backlog,
+    /// The TAP had something to read, or room, when last asked. Edges from epoll set them.
+    readable: bool,
+    writable: bool,
+    session: Option<u64>,
+    scratch: Vec<u8>,
+    figures: Figures,
+}
+
+/// When a pair wants to be served again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// At once.
+    Now,
+    /// At an event, or at this time.
+    At(Instant),
+    /// At an event.
+    Event,
+}
+
+impl Next {
+    /// The earlier of two.
+    #[must_use]
+    pub fn earlier(self, other: Next) -> Next {
+        match (self, other) {
+            (Next::Now, _) | (_, Next::Now) => Next::Now,
+            (Next::At(a), Next::At(b)) => Next::At(a.min(b)),
+            (Next::At(time), Next::Event) | (Next::Event, Next::At(time)) => Next::At(time),
+            (Next::Event, Next::Event) => Next::Event,
+        }
+    }
+
+    fn of(step: Step) -> Next {
+        match step {
+            Step::Again => Next::Now,
+            Step::Later(time) => Next::At(time),
+            Step::Idle | Step::Resting => Next::Event,
+        }
+    }
+}
+
+impl Pair {
+    /// A pair without queues.
+    #[must_use]
+    pub fn new(port: Port) -> Pair {
+        Pair {
+            port,
+            rx: None,
+            tx: None,
+            to_guest: Backlog::default(),
+            from_guest: Backlog::default(),
+            readable: true,
+            writable: true,
+            session: None,
+            scratch: vec![0; PACKET_MAX],
+            figures: Figures::default(),
+        }
+    }
+
+    /// Takes a leased queue: even indexes are guest RX, odd ones guest TX.
+    pub fn add(&mut self, lane: Lane) {
+        let place = if lane.index().is_multiple_of(2) { &mut self.rx } else { &mut self.tx };
+        *place = Some(lane);
+    }
+
+    /// Gives up the queues, for a new attachment. The port stays.
+    pub fn detach(&mut self) {
+        self.rx = None;
+        self.tx = None;
+        self.session = None;
+        self.clear();
+    }
+
+    /// The queues.
+    pub fn lanes(&mut self) -> impl Iterator<Item = &mut Lane> {
+        self.rx.iter_mut().chain(&mut self.tx)
+    }
+
+    /// Whether all rings take packets.
+    #[must_use]
+    pub fn ready(&self) -> bool {
+        self.rx.iter().chain(&self.tx).all(Lane::ready)
+    }
+
+    /// What was done so far.
+    #[must_use]
+    pub fn figures(&self) -> Figures {
+        self.figures
+    }
+
+    /// The descriptor to wait on, edge-triggered, if the port has one.
+    #[must_use]
+    pub fn port_fd(&self) -> Option<BorrowedFd<'_>> {
+        match &self.port {
+            Port::Tap(tap) => Some(tap.as_fd()),
+            Port::Echo(_) => None,
+        }
+    }
+
+    /// The port had an event.
+    pub fn port_event(&mut self, readable: bool, writable: bool) {
+        self.readable |= readable;
+        self.writable |= writable;
+    }
+
+    /// Moves what can be moved, in both directions, in bursts.
+    ///
+    /// # Errors
+    ///
+    /// See [`PairError`].
+    pub fn serve(&mut self, reader: &mut Reader, segment: &WorkerSegment) -> Result<Next, PairError> {
+        self.follow_session(reader)?;
+        let mut next = self.read_port()?;
+        next = next.earlier(self.serve_rx(reader, segment)?);
+        self.write_port()?;
+        next = next.earlier(self.serve_tx(reader, segment)?);
+        self.write_port()?;
+        if matches!(self.port, Port::Echo(_)) && !self.to_guest.is_empty() {
+            next = next.earlier(self.serve_rx(reader, segment)?);
+        }
+        Ok(next)
+    }
+
+    /// A new session is another guest, or the same one booted again: packets of the old one are not for it.
+    fn follow_session(&mut self, reader: &Reader) -> Result<(), PairError> {
+        let (session, features) = {
+            let guard = reader.pin().map_err(Lost::from)?;
+            (guard.session_generation(), guard.acked_features())
+        };
+        if self.session != Some(session) {
+            self.session = Some(session);
+            self.clear();
+        }
+        if let (Port::Tap(tap), Some(_)) = (&mut self.port, &self.rx) {
+            tap.set_offloads(features)?;
+        }
+        Ok(())
+    }
+
+    fn clear(&mut self) {
+        self.figures.dropped += (self.to_guest.clear() + self.from_guest.clear()) as u64;
+    }
+
+    /// TAP to backlog, while the guest takes packets; else they wait in the kernel, which bounds them.
+    fn read_port(&mut self) -> Result<Next, PairError> {
+        let Port::Tap(tap) = &mut self.port else { return Ok(Next::Event) };
+        if !self.rx.as_ref().is_some_and(Lane::ready) {
+            return Ok(Next::Event);
+        }
+        for _ in 0..PACKETS_PER_PIN {
+            if !self.readable || self.to_guest.room() == 0 {
+                return Ok(Next::Event);
+            }
+            match tap.read(&mut self.scratch).map_err(PairError::TapIo)? {
+                Some(len) => {
+                    self.to_guest.push_read(&mut self.scratch, len);
+                }
+                None => self.readable = false,
+            }
+        }
+        Ok(Next::Now)
+    }
+
+    /// Backlog to guest.
+    fn serve_rx(&mut self, reader: &mut Reader, segment: &WorkerSegment) -> Result<Next, PairError> {
+        let Some(lane) = &mut self.rx else { return Ok(Next::Event) };
+        let (backlog, figures) = (&mut self.to_guest, &mut self.figures);
+        let was_ready = lane.ready();
+        let (mut starved, mut more) = (false, false);
+        let step = lane.run(reader, segment, |ring, guard, record, features| {
+            let delivered = rx::deliver(ring, guard, record, features, backlog);
+            figures.received += delivered.packets;
+            figures.dropped += delivered.too_large;
+            (starved, more) = (delivered.starved, delivered.more);
+            Done { call: delivered.call, chains: delivered.chains, bytes: delivered.bytes, fault: delivered.fault }
+        })?;
+        if more || (!was_ready && lane.ready()) {
+            // What waits in the TAP may be read now, and no edge announces it again.
+            return Ok(Next::Now);
+        }
+        if !starved {
+            return Ok(Next::of(step));
+        }
+        let now = Instant::now();
+        let deadline = self.to_guest.wait(now) + RX_WAIT_MAX;
+        if now < deadline {
+            return Ok(Next::At(deadline));
+        }
+        self.to_guest.pop();
+        self.figures.dropped += 1;
+        Ok(Next::Now)
+    }
+
+    /// Guest to backlog, as long as the port takes what is there.
+    fn serve_tx(&mut self, reader: &mut Reader, segment: &WorkerSegment) -> Result<Next, PairError> {
+        let Some(lane) = &mut self.tx else { return Ok(Next::Event) };
+        let room = match &self.port {
+            Port::Tap(_) if self.from_guest.is_empty() => self.from_guest.room(),
+            Port::Tap(_) => 0,
+            // Each packet may be answered by one. A guest that takes none gets none, and may still send.
+            Port::Echo(_) if self.rx.as_ref().is_some_and(Lane::ready) => self.to_guest.room(),
+            Port::Echo(_) => self.from_guest.room(),
+        };
+        if room == 0 {
+            // The TAP's next edge, or the other ring's kick or deadline, brings us back.
+            return Ok(Next::Event);
+        }
+        let (backlog, figures) = (&mut self.from_guest, &mut self.figures);
+        let mut more = false;
+        let step = lane.run(reader, segment, |ring, guard, record, features| {
+            let collected = tx::collect(ring, guard, record, features, backlog, room);
+            figures.malformed += collected.malformed;
+            more = collected.more;
+            Done { call: collected.call, chains: collected.chains, bytes: collected.bytes, fault: collected.fault }
+        })?;
+        Ok(if more { Next::Now } else { Next::of(step) })
+    }
+
+    /// Backlog to port. Nothing is pinned here.
+    fn write_port(&mut self) -> Result<(), PairError> {
+        while let Some(packet) = self.from_guest.front_mut() {
+            match &mut self.port {
+                Port::Tap(tap) => {
+                    if !self.writable {
+                        return Ok(());
+                    }
+                    match tap.write(packet).map_err(PairError::TapIo)? {
+                        Written::Sent => self.figures.sent += 1,
+                        Written::Refused => self.figures.dropped += 1,
+                        Written::Full => {
+                            self.writable = false;
+                            return Ok(());
+                        }
+                    }
+                }
+                Port::Echo(echo) => {
+                    let wanted = self.rx.as_ref().is_some_and(Lane::ready);
+                    let mut reply = self.to_guest.buffer();
+                    if wanted && answer(echo, packet, &mut reply) {
+                        self.figures.dropped += u64::from(!self.to_guest.push(reply));
+                    } else {
+                        self.to_guest.recycle(reply);
+                    }
+                    self.figures.sent += 1;
+                }
+            }
+            self.from_guest.pop();
+        }
+        Ok(())
+    }
+}
+
+/// The neighbour's answer to a packet, both with a header in front. Segmented packets are no pings.
+fn answer(echo: &mut Echo, packet: &mut [u8], reply: &mut Vec<u8>) -> bool {
+    let Some((header, frame)) = packet.split_first_chunk_mut::<HEADER_LEN>() else { return false };
+    let header = Header::from_bytes(*header);
+    reply.extend_from_slice(&Header::default().to_bytes());
+    header.gso_type == GSO_NONE && finish_checksum(&header, frame) && echo.answer(frame, reply)
+}
+
+#[cfg(test)]
+mod tests;

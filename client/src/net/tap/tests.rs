@@ -1,0 +1,175 @@
+//! Offload flags and names; and, as root, real TAPs in a network namespace of their own.
+
+use std::os::fd::OwnedFd;
+use std::process::{Command, Stdio};
+
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, setsockopt, sockopt};
+
+use super::*;
+
+#[test]
+fn names_are_checked_before_the_kernel_sees_them() {
+    for bad in ["", "a-name-with-16-chars", "a b", "a/b", ".", "..", "tap%d", "tap:0", "täp"] {
+        assert!(matches!(Tap::open(bad, Direction::Both), Err(TapError::Name { .. })), "{bad:?}");
+    }
+    let request = request_for("tap0").expect("a good name");
+    let name: Vec<u8> = request.ifr_name.iter().map(|c| c.to_ne_bytes()[0]).collect();
+    assert_eq!(&name[..6], b"tap0\0\0");
+}
+
+#[test]
+fn offloads_follow_the_acknowledged_features() {
+    assert_eq!(offloads(0), 0);
+    assert_eq!(offloads(virtio::NET_GUEST_TSO4), 0, "segmentation needs checksum offload");
+    assert_eq!(offloads(virtio::NET_GUEST_CSUM), 1);
+    let all = virtio::NET_GUEST_CSUM
+        | virtio::NET_GUEST_TSO4
+        | virtio::NET_GUEST_TSO6
+        | virtio::NET_GUEST_ECN
+        | virtio::NET_GUEST_USO4
+        | virtio::NET_GUEST_USO6;
+    assert_eq!(offloads(all), 0x6f);
+    assert_eq!(offloads(all & !virtio::NET_GUEST_USO6), 0x0f);
+    assert_eq!(offloads(virtio::NET_GUEST_CSUM | virtio::NET_GUEST_ECN), 1);
+}
+
+/// Set in the copy of this test that runs in a namespace.
+const INSIDE: &str = "IOTLB_TAP_TEST_INSIDE";
+
+/// Runs one of the tests below again, alone, in a network namespace of its own. As a user, or where the kernel has no
+/// TAP, there is nothing to run; as root with a TAP device, not getting a namespace is a failure.
+fn in_a_namespace(test: &str, body: fn()) {
+    if std::env::var_os(INSIDE).is_some() {
+        return body();
+    }
+    if !nix::unistd::geteuid().is_root() || !std::path::Path::new(DEVICE).exists() {
+        eprintln!("{test}: needs root and {DEVICE}");
+        return;
+    }
+    let output = Command::new("unshare")
+        .args(["-n", "timeout", "60"])
+        .arg(std::env::current_exe().expect("a test binary has a path"))
+        .args(["--exact", &format!("net::tap::tests::{test}"), "--nocapture", "--test-threads=1"])
+        .env(INSIDE, "1")
+        .stdin(Stdio::null())
+        .output()
+        .expect("unshare and timeout are part of every Linux");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let ran = text.contains("1 passed");
+    assert!(output.status.success() && ran, "{text}{}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status().expect("iproute2 is installed");
+    assert!(status.success(), "ip {arguments}");
+}
+
+/// A socket on the host's end of the TAP, for frames of a type of our own.
+fn host_end(name: &str) -> OwnedFd {
+    let socket = nix::sys::socket::socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)
+        .expect("root may open packet sockets");
+    let index = nix::net::if_::if_nametoindex(name).expect("the TAP exists");
+    // SAFETY: a C structure of numbers, for which zero is a value.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET.try_into().expect("small");
+    address.sll_protocol = u16::from_be_bytes(TYPE).to_be();
+    address.sll_ifindex = index.try_into().expect("small");
+    let size = u32::try_from(size_of_val(&address)).expect("small");
+    // SAFETY: the address lives across the call and has the size given.
+    let bound = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size) };
+    assert_eq!(bound, 0, "bind: {}", io::Error::last_os_error());
+    setsockopt(&socket, sockopt::ReceiveTimeout, &nix::sys::time::TimeVal::new(20, 0)).expect("a watchdog");
+    socket
+}
+
+/// An EtherType for experiments.
+const TYPE: [u8; 2] = [0x88, 0xb5];
+
+fn frame(source: u8, text: &[u8]) -> Vec<u8> {
+    [&[0xff; 6][..], &[2, 0, 0, 0, 0, source], &TYPE, text, &[0; 46]].concat()
+}
+
+fn with_header(frame: &[u8]) -> Vec<u8> {
+    [&[0; HEADER_LEN], frame].concat()
+}
+
+/// All frames of our type that wait in a queue; others (the kernel's own announcements) are dropped.
+fn drain(tap: &mut Tap) -> Vec<Vec<u8>> {
+    let mut packet = [0; 4096];
+    let mut frames = Vec::new();
+    while let Some(len) = tap.read(&mut packet).expect("readable") {
+        if packet[HEADER_LEN + 12..HEADER_LEN + 14] == TYPE {
+            frames.push(packet[HEADER_LEN..len].to_vec());
+        }
+    }
+    frames
+}
+
+#[test]
+fn packets_go_both_ways() {
+    in_a_namespace("packets_go_both_ways", || {
+        let mut tap = Tap::open("tap0", Direction::Both).expect("root may");
+        tap.set_offloads(virtio::NET_GUEST_CSUM | virtio::NET_GUEST_TSO4).expect("every kernel has these");
+        tap.set_offloads(u64::MAX).expect("falls back where the kernel is older");
+        tap.set_offloads(0).expect("every kernel has none");
+        ip("link set tap0 up");
+        let host = host_end("tap0");
+        let hello = frame(1, b"from the guest");
+        assert_eq!(tap.write(&with_header(&hello)).expect("open"), Written::Sent);
+        let mut got = [0; 200];
+        let len = recv(host.as_raw_fd(), &mut got, MsgFlags::empty()).expect("arrives");
+        assert_eq!(&got[..len], &hello[..]);
+        let back = frame(2, b"to the guest");
+        send(host.as_raw_fd(), &back, MsgFlags::empty()).expect("sent");
+        assert_eq!(drain(&mut tap), [back]);
+        // A header that points outside of the packet: refused, and nothing else happens.
+        let mut hostile = with_header(&hello);
+        hostile[0] = 1;
+        hostile[6..10].fill(0xff);
+        assert_eq!(tap.write(&hostile).expect("open"), Written::Refused);
+        assert_eq!(tap.write(&[0; 5]).expect("open"), Written::Refused);
+    });
+}
+
+#[test]
+fn a_queue_from_the_guest_only_attracts_nothing_and_still_sends() {
+    in_a_namespace("a_queue_from_the_guest_only_attracts_nothing_and_still_sends", || {
+        // In either order; the second one finds a device whose only queue is detached.
+        for rx_first in [true, false] {
+            let (mut rx, mut tx);
+            if rx_first {
+                rx = Tap::open("tap0", Direction::Both).expect("root may");
+                tx = Tap::open("tap0", Direction::FromGuest).expect("a second queue");
+            } else {
+                tx = Tap::open("tap0", Direction::FromGuest).expect("root may");
+                rx = Tap::open("tap0", Direction::Both).expect("a second queue");
+            }
+            ip("link set tap0 up");
+            let host = host_end("tap0");
+            let mut got = [0; 200];
+            for round in 0..100 {
+                // From the guest through `tx`: an attached queue would now be where answers to this station go.
+                let sent = frame(round, b"from the guest");
+                assert_eq!(tx.write(&with_header(&sent)).expect("open"), Written::Sent);
+                let len = recv(host.as_raw_fd(), &mut got, MsgFlags::empty()).expect("arrives");
+                assert_eq!(&got[..len], &sent[..]);
+                let mut answer = frame(200, b"to the guest");
+                answer[..6].copy_from_slice(&sent[6..12]);
+                send(host.as_raw_fd(), &answer, MsgFlags::empty()).expect("sent");
+                assert_eq!(drain(&mut rx), [answer]);
+                assert!(drain(&mut tx).is_empty());
+            }
+        }
+    });
+}
+
+#[test]
+fn a_tap_of_another_kind_is_refused_with_the_way_out() {
+    in_a_namespace("a_tap_of_another_kind_is_refused_with_the_way_out", || {
+        ip("tuntap add dev single mode tap");
+        let error = Tap::open("single", Direction::Both).expect_err("not multi-queue");
+        assert!(error.to_string().contains("multi_queue vnet_hdr"), "{error}");
+        ip("tuntap add dev ready mode tap multi_queue vnet_hdr");
+        Tap::open("ready", Direction::Both).expect("made for it");
+    });
+}

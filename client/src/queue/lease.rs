@@ -1,0 +1,248 @@
+//! What this process knows of its leases.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use iotlb_proto::control::QueueLease;
+use iotlb_proto::sync::{AtomicU32, AtomicU64, Ordering};
+use tracing::{debug, error, warn};
+
+use crate::eventfd;
+use crate::queue::snapshot::Snapshot;
+use crate::shared::slice_until;
+
+/// The descriptors a ring has at present.
+#[derive(Debug, Default)]
+pub(crate) struct Descriptors {
+    /// Not an `OwnedFd` alone: a thread may sleep on it while it is replaced.
+    pub(crate) kick: Option<Arc<OwnedFd>>,
+    pub(crate) call: Option<OwnedFd>,
+    /// Kept so that it stays open; the daemon signals it on request.
+    pub(crate) _err: Option<OwnedFd>,
+}
+
+impl Descriptors {
+    /// Sorts what came with a lease by its flags.
+    fn from_lease(lease: &QueueLease, fds: Vec<OwnedFd>) -> Option<Descriptors> {
+        let expected = usize::from(lease.kick) + usize::from(lease.call) + usize::from(lease.err);
+        if fds.len() != expected {
+            error!(
+                queue = lease.queue,
+                expected,
+                got = fds.len(),
+                "lease with the wrong number of descriptors; ignored"
+            );
+            return None;
+        }
+        let mut fds = fds.into_iter();
+        let mut next = |flag: bool, what: &str| {
+            let fd = if flag { fds.next() } else { None }?;
+            match eventfd::adopt(&fd) {
+                Ok(()) => Some(fd),
+                Err(error) => {
+                    error!(queue = lease.queue, what, %error, "ring descriptor cannot be used");
+                    None
+                }
+            }
+        };
+        let kick = next(lease.kick, "kick").map(Arc::new);
+        let call = next(lease.call, "call");
+        Some(Descriptors { kick, call, _err: next(lease.err, "err") })
+    }
+}
+
+/// One leased queue.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    pub(crate) queue: u16,
+    /// The claim that it came of: its name towards the daemon.
+    pub(crate) claim: u64,
+    pub(crate) descriptors: Snapshot<Descriptors>,
+    /// Grows after each replacement.
+    pub(crate) generation: AtomicU64,
+    /// Not 0: the daemon took it back.
+    pub(crate) lost: AtomicU32,
+}
+
+impl Lease {
+    fn replace(&self, descriptors: Descriptors) {
+        self.descriptors.replace(descriptors);
+        // Release pairs with the acquire in `Queue::descriptors_generation`: who sees it finds the new descriptors.
+        self.generation.fetch_add(1, Ordering::Release);
+    }
+}
+
+#[derive(Debug)]
+enum State {
+    /// Claimed; the daemon has not answered.
+    Waiting,
+    /// Refused; the claimer has not taken notice yet.
+    Refused(String),
+    /// Ours.
+    Granted(Arc<Lease>),
+}
+
+/// A queue that this process claims or has.
+#[derive(Debug)]
+struct Entry {
+    /// Under which number.
+    claim: u64,
+    state: State,
+}
+
+/// A queue is leased or being claimed by this very process.
+#[derive(Debug)]
+pub(crate) struct Busy(pub(crate) u16);
+
+/// How a claim ended, apart from success.
+#[derive(Debug)]
+pub(crate) enum Unclaimed {
+    /// The daemon refused one.
+    Refused(u16, String),
+    /// Not all were answered before the deadline, or the attachment ended.
+    Unanswered,
+}
+
+#[derive(Debug, Default)]
+struct Book {
+    entries: HashMap<u16, Entry>,
+    /// The newest claim's number; none is used twice.
+    last_claim: u64,
+}
+
+impl Book {
+    /// What the daemon speaks of. `None`: of a claim or lease that was given up; it was told, but not in time.
+    fn entry(&mut self, queue: u16, claim: u64) -> Option<&mut Entry> {
+        let entry = self.entries.get_mut(&queue).filter(|entry| entry.claim == claim);
+        if entry.is_none() {
+            debug!(queue, claim, "the daemon speaks of a lease that was given up; ignored");
+        }
+        entry
+    }
+}
+
+/// All leases and claims of an attachment.
+#[derive(Debug, Default)]
+pub(crate) struct LeaseBook {
+    book: Mutex<Book>,
+    changed: Condvar,
+}
+
+impl LeaseBook {
+    /// Notes that these queues are being claimed: all of them, or none. Returns the claim's number.
+    pub(crate) fn begin(&self, queues: &[u16]) -> Result<u64, Busy> {
+        let mut book = self.lock();
+        for (i, queue) in queues.iter().enumerate() {
+            if book.entries.contains_key(queue) || queues[..i].contains(queue) {
+                return Err(Busy(*queue));
+            }
+        }
+        // 2^64 claims take longer than any process lives.
+        book.last_claim += 1;
+        let claim = book.last_claim;
+        book.entries.extend(queues.iter().map(|queue| (*queue, Entry { claim, state: State::Waiting })));
+        Ok(claim)
+    }
+
+    /// Waits until all queues, of one claim, were granted. After an error the caller gives them up with
+    /// [`LeaseBook::forget`]: until then nobody else can claim them, so their entries are those of that claim.
+    pub(crate) fn wait(
+        &self,
+        queues: &[u16],
+        deadline: Instant,
+        over: impl Fn() -> bool,
+    ) -> Result<Vec<Arc<Lease>>, Unclaimed> {
+        let mut book = self.lock();
+        loop {
+            let mut granted = Vec::new();
+            for queue in queues {
+                match book.entries.get(queue).map(|entry| &entry.state) {
+                    Some(State::Granted(lease)) => granted.push(Arc::clone(lease)),
+                    Some(State::Refused(reason)) => return Err(Unclaimed::Refused(*queue, reason.clone())),
+                    Some(State::Waiting) | None => {}
+                }
+            }
+            if granted.len() == queues.len() {
+                return Ok(granted);
+            }
+            let Some(slice) = slice_until(deadline).filter(|_| !over()) else { return Err(Unclaimed::Unanswered) };
+            book = self.changed.wait_timeout(book, slice).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// The process has no more to do with the queue. Whether the daemon may still think it has.
+    pub(crate) fn forget(&self, queue: u16, claim: u64) -> bool {
+        let mut book = self.lock();
+        if book.entry(queue, claim).is_none() {
+            return false;
+        }
+        match book.entries.remove(&queue).map(|entry| entry.state) {
+            // Acquire pairs with the release in `refused`.
+            Some(State::Granted(lease)) => lease.lost.load(Ordering::Acquire) == 0,
+            Some(State::Waiting) => true,
+            Some(State::Refused(_)) | None => false,
+        }
+    }
+
+    /// A lease came. Whether descriptors of a queue in use changed.
+    pub(crate) fn granted(&self, lease: &QueueLease, fds: Vec<OwnedFd>) -> bool {
+        let mut book = self.lock();
+        let Some(entry) = book.entry(lease.queue, lease.claim) else { return false };
+        let Some(descriptors) = Descriptors::from_lease(lease, fds) else { return false };
+        match &entry.state {
+            State::Waiting => {
+                entry.state = State::Granted(Arc::new(Lease {
+                    queue: lease.queue,
+                    claim: lease.claim,
+                    descriptors: Snapshot::new(descriptors),
+                    generation: AtomicU64::new(1),
+                    lost: AtomicU32::new(0),
+                }));
+                self.changed.notify_all();
+                false
+            }
+            State::Granted(held) => {
+                held.replace(descriptors);
+                // Interrupts sent to the former call descriptor during the change may be lost, so one goes to the new
+                // one.
+                held.descriptors.with(|d| d.call.as_ref().map(|call| eventfd::signal(call.as_fd())));
+                true
+            }
+            // A daemon that refuses a claim does not grant it later.
+            State::Refused(_) => false,
+        }
+    }
+
+    /// A claim was refused, or a lease taken back. Whether a queue in use is affected.
+    pub(crate) fn refused(&self, queue: u16, claim: u64, reason: String) -> bool {
+        let mut book = self.lock();
+        let Some(entry) = book.entry(queue, claim) else { return false };
+        match &entry.state {
+            State::Waiting => {
+                entry.state = State::Refused(reason);
+                self.changed.notify_all();
+                false
+            }
+            State::Granted(held) => {
+                warn!(queue, reason, "the daemon took a queue back");
+                // Release pairs with the acquire loads of `lost`.
+                held.lost.store(1, Ordering::Release);
+                held.replace(Descriptors::default());
+                true
+            }
+            State::Refused(_) => false,
+        }
+    }
+
+    pub(crate) fn wake_all(&self) {
+        let _held = self.lock();
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Book> {
+        // The book is whole between any two statements, so a panic elsewhere does not spoil it.
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,191 @@
+//! Leased virtqueues.
+//!
+//! A queue belongs to at most one worker at a time. Its ring's addresses are in the table
+//! ([`Guard::queue_record`](crate::Guard::queue_record)); its kick and call descriptors come over the control socket,
+//! and may be replaced at any time: the guest masks an interrupt, the front-end reconnects.
+
+pub(crate) mod lease;
+mod snapshot;
+pub mod vring;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use iotlb_proto::control::WorkerMessage;
+use iotlb_proto::layout::worker::PROGRESS_VALID;
+use iotlb_proto::sync::Ordering;
+
+use crate::attach::Attachment;
+use crate::control::channel::ChannelError;
+use crate::eventfd;
+use crate::shared::{Down, deadline_in};
+use lease::{Busy, Lease, Unclaimed};
+
+/// Longest reason that [`Queue::signal_error`] passes on, in bytes: a line in a log.
+const REASON_MAX: usize = 256;
+
+/// Why queues were not leased. None of those asked for is.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClaimError {
+    /// The daemon, or this process, says no to one of them.
+    #[error("queue {queue} was not leased: {reason}")]
+    Refused {
+        /// Which.
+        queue: u16,
+        /// Why.
+        reason: String,
+    },
+    /// The daemon did not answer all of them in time.
+    #[error("the daemon did not lease all queues within {timeout_ms} ms")]
+    TimedOut {
+        /// What the caller allowed.
+        timeout_ms: u32,
+    },
+    /// The daemon died: attach anew.
+    #[error("the daemon died: attach anew")]
+    DaemonDead,
+    /// The daemon took access away: attach anew.
+    #[error("the daemon revoked this worker's access: attach anew")]
+    Revoked,
+    /// The claim could not be sent.
+    #[error("the claim could not be sent: {0}")]
+    Send(#[from] ChannelError),
+}
+
+impl From<Down> for ClaimError {
+    fn from(down: Down) -> Self {
+        match down {
+            Down::DaemonDead => ClaimError::DaemonDead,
+            Down::Revoked => ClaimError::Revoked,
+        }
+    }
+}
+
+/// A queue that belongs to this worker, until it is dropped or [lost](Queue::held). May be used from any thread.
+#[derive(Debug)]
+pub struct Queue {
+    attachment: Attachment,
+    lease: Arc<Lease>,
+}
+
+impl Queue {
+    pub(crate) fn claim(attachment: &Attachment, queues: &[u16], timeout_ms: u32) -> Result<Vec<Queue>, ClaimError> {
+        let shared = attachment.shared();
+        shared.check()?;
+        if let Some(queue) = queues.iter().find(|queue| **queue >= shared.queues) {
+            let reason = format!("the device has {} queues", shared.queues);
+            return Err(ClaimError::Refused { queue: *queue, reason });
+        }
+        if queues.is_empty() {
+            return Ok(Vec::new());
+        }
+        let book = &shared.leases;
+        let claim = match book.begin(queues) {
+            Ok(claim) => claim,
+            Err(Busy(queue)) => {
+                return Err(ClaimError::Refused { queue, reason: "this process has it already".to_owned() });
+            }
+        };
+        let claimed = match shared.channel.send(&WorkerMessage::ClaimQueues { claim, queues: queues.to_vec() }, &[]) {
+            Ok(()) => book.wait(queues, deadline_in(timeout_ms), || shared.check().is_err()).map_err(Ok),
+            Err(error) => Err(Err(error)),
+        };
+        let failure = match claimed {
+            Ok(leases) => {
+                let own = |lease| Queue { attachment: attachment.clone(), lease };
+                return Ok(leases.into_iter().map(own).collect());
+            }
+            Err(failure) => failure,
+        };
+        // Also those that were not answered yet: the daemon takes messages in order, so the release follows the lease.
+        for queue in queues {
+            give_up(attachment, *queue, claim);
+        }
+        Err(match failure {
+            Err(error) => error.into(),
+            Ok(Unclaimed::Refused(queue, reason)) => ClaimError::Refused { queue, reason },
+            Ok(Unclaimed::Unanswered) => match shared.check() {
+                Ok(()) => ClaimError::TimedOut { timeout_ms },
+                Err(down) => down.into(),
+            },
+        })
+    }
+
+    /// Ring index.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.lease.queue
+    }
+
+    /// The descriptor that becomes readable when the driver made buffers available. `None`: the ring is not set up
+    /// yet, or is to be polled. Ask again when [`Queue::descriptors_generation`] has grown.
+    #[must_use]
+    pub fn kick(&self) -> Option<Arc<OwnedFd>> {
+        self.lease.descriptors.with(|descriptors| descriptors.kick.clone())
+    }
+
+    /// Interrupts the driver. Call it inside the pin under which the used ring was written: a stopped ring must not
+    /// interrupt. Never blocks. `false` when there is no call descriptor (the driver polls) or it is broken.
+    pub fn signal_call(&self) -> bool {
+        self.lease
+            .descriptors
+            .with(|descriptors| descriptors.call.as_ref().is_some_and(|call| eventfd::signal(call.as_fd())))
+    }
+
+    /// Reports that the ring is broken, or names an address that was denied. The daemon logs the reason and signals the
+    /// ring's error descriptor.
+    pub fn signal_error(&self, reason: &str) {
+        let mut end = reason.len().min(REASON_MAX);
+        while !reason.is_char_boundary(end) {
+            end -= 1;
+        }
+        let message = WorkerMessage::QueueError { queue: self.lease.queue, reason: reason[..end].to_owned() };
+        if let Err(error) = self.attachment.shared().channel.send(&message, &[]) {
+            tracing::warn!(queue = self.lease.queue, %error, "ring error could not be reported");
+        }
+    }
+
+    /// Grows whenever the descriptors were replaced.
+    #[must_use]
+    pub fn descriptors_generation(&self) -> u64 {
+        // Acquire pairs with the release in `Lease::replace`.
+        self.lease.generation.load(Ordering::Acquire)
+    }
+
+    /// Notes how far the available ring was completely processed, for a successor that cannot read the used ring.
+    pub fn set_progress(&self, avail_index: u16) {
+        if let Some(word) = self.attachment.segment().progress.get(usize::from(self.lease.queue)) {
+            // Release pairs with the daemon's acquire: the used ring was written before.
+            word.store(PROGRESS_VALID | u64::from(avail_index), Ordering::Release);
+        }
+    }
+
+    /// Whether the queue still belongs to this worker. `false` after the daemon took it back, or died.
+    #[must_use]
+    pub fn held(&self) -> bool {
+        // Acquire pairs with the release in `LeaseBook::refused`.
+        self.lease.lost.load(Ordering::Acquire) == 0 && self.attachment.alive()
+    }
+
+    /// Gives the queue back; so does dropping it. The caller has stopped touching the ring.
+    pub fn release(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        give_up(&self.attachment, self.lease.queue, self.lease.claim);
+    }
+}
+
+fn give_up(attachment: &Attachment, queue: u16, claim: u64) {
+    let shared = attachment.shared();
+    if shared.leases.forget(queue, claim)
+        && shared.check().is_ok()
+        && let Err(error) = shared.channel.send(&WorkerMessage::ReleaseQueue { queue, claim }, &[])
+    {
+        tracing::debug!(queue, %error, "release could not be sent; the daemon frees the queue when the socket closes");
+    }
+}

@@ -1,0 +1,300 @@
+//! One thread's right to pin.
+
+pub(crate) mod slots;
+
+use std::cell::{Cell, RefCell};
+use std::sync::Arc;
+use std::time::Instant;
+
+use iotlb_proto::epoch;
+use iotlb_proto::sync::{AtomicU64, Ordering};
+
+use crate::attach::Attachment;
+use crate::guard::Guard;
+use crate::miss::{self, RequestError, ResolveError, Ticket};
+use crate::segments::{Kept, Piece, Pieces};
+use crate::shared::{Down, Shared, deadline_in};
+use crate::{Access, Answer, thread_pins};
+
+/// Lookups a reader keeps to itself before it adds them to the segment's counters. An add is two locked operations on a
+/// line that other threads write too, so it must not come with every pin.
+const FLUSH_LOOKUPS: u64 = 1024;
+
+/// Why there is no reader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReaderError {
+    /// Every slot of the segment is taken.
+    #[error("all reader slots of this worker are taken: drop readers that are not needed, or attach once more")]
+    TooMany,
+    /// The daemon died.
+    #[error("the daemon died: attach anew")]
+    DaemonDead,
+    /// The daemon took access away.
+    #[error("the daemon revoked this worker's access: attach anew")]
+    Revoked,
+}
+
+/// Why a pin was refused. Nothing of the guest may be touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PinError {
+    /// The daemon died, or closed the control socket: no invalidation could reach this worker any more.
+    #[error("the daemon died: attach anew")]
+    DaemonDead,
+    /// The daemon took access away; the guest's memory is not mapped any more.
+    #[error("the daemon revoked this worker's access: attach anew")]
+    Revoked,
+}
+
+impl From<Down> for ReaderError {
+    fn from(down: Down) -> Self {
+        match down {
+            Down::DaemonDead => ReaderError::DaemonDead,
+            Down::Revoked => ReaderError::Revoked,
+        }
+    }
+}
+
+impl From<Down> for PinError {
+    fn from(down: Down) -> Self {
+        match down {
+            Down::DaemonDead => PinError::DaemonDead,
+            Down::Revoked => PinError::Revoked,
+        }
+    }
+}
+
+/// One thread's right to pin: it owns a slot in the segment that the daemon watches. May move between threads while
+/// it is not pinned, cannot be shared.
+#[derive(Debug)]
+pub struct Reader {
+    shared: Arc<Shared>,
+    /// Keeps the control thread running.
+    _attachment: Attachment,
+    slot: usize,
+    /// Guards that live. 64 bits, so that no number of forgotten guards can wrap it.
+    depth: Cell<u64>,
+    lookups: Cell<u64>,
+    faults: Cell<u64>,
+    /// What the translations of this pin keep, and whether that is anything.
+    pieces: RefCell<Pieces>,
+    keeps: Cell<bool>,
+}
+
+impl Reader {
+    pub(crate) fn new(attachment: Attachment) -> Result<Reader, ReaderError> {
+        let shared = Arc::clone(attachment.shared());
+        shared.check()?;
+        let slot = shared.slots.take().ok_or(ReaderError::TooMany)?;
+        shared.segment.raise_high_water(slot as u64 + 1);
+        Ok(Reader {
+            shared,
+            _attachment: attachment,
+            slot,
+            depth: Cell::new(0),
+            lookups: Cell::new(0),
+            faults: Cell::new(0),
+            pieces: RefCell::default(),
+            keeps: Cell::new(false),
+        })
+    }
+
+    /// Pins: until the guard is dropped, everything a translation yields stays what it was. No system call, no lock.
+    ///
+    /// Pins nest: an inner one counts, and ends nothing when it is dropped. Pin for a burst, not for a program: the
+    /// guest stands still when it takes memory away and a pin does not end. Never wait while pinned, and never pin in
+    /// a signal handler.
+    ///
+    /// # Errors
+    /// The daemon died, or revoked this worker's access.
+    #[inline(always)]
+    pub fn pin(&self) -> Result<Guard<'_>, PinError> {
+        // Part of the caller, so that a guard is put together where it stays: passed on through memory in pieces of
+        // another size, it costs more than all else here.
+        let depth = self.depth.get();
+        if depth == 0 {
+            epoch::pin(self.slot_word(), &self.shared.table.header().epoch.word);
+            if let Err(down) = self.shared.check() {
+                return Err(self.refuse(down));
+            }
+            thread_pins::enter();
+        }
+        self.depth.set(depth + 1);
+        Ok(Guard::new(self))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn refuse(&self, down: Down) -> PinError {
+        self.unpin_slot();
+        down.into()
+    }
+
+    #[inline(always)]
+    pub(crate) fn unpin(&self) {
+        let depth = self.depth.get() - 1;
+        self.depth.set(depth);
+        if depth == 0 {
+            self.unpin_slot();
+            thread_pins::leave();
+            if self.keeps.get() || self.lookups.get() >= FLUSH_LOOKUPS {
+                self.tidy();
+            }
+        }
+    }
+
+    /// What has to be done after some pins, but not after every one.
+    #[cold]
+    #[inline(never)]
+    fn tidy(&self) {
+        // Nothing that refers to the pieces is left: it borrowed a guard.
+        if self.keeps.replace(false) {
+            self.pieces.borrow_mut().clear();
+        }
+        if self.lookups.get() >= FLUSH_LOOKUPS {
+            self.flush_counters();
+        }
+    }
+
+    #[inline]
+    fn unpin_slot(&self) {
+        epoch::unpin(self.slot_word());
+        // Relaxed, and no fence: a daemon that went to sleep in between looks again by itself shortly after.
+        if self.shared.table.header().wake.writer_sleeps.load(Ordering::Relaxed) != 0 {
+            self.wake_writer();
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn wake_writer(&self) {
+        self.shared.ring_doorbell();
+    }
+
+    #[inline]
+    fn slot_word(&self) -> &AtomicU64 {
+        &self.shared.segment.slots[self.slot].word
+    }
+
+    /// Makes sure that `len` bytes from `iova` are in the table with `access`, by asking the daemon for what is
+    /// missing. Blocks: spins for some microseconds, then sleeps. Any length; asks for all that is missing at once.
+    ///
+    /// That all is there when this returns does not mean that it still is at the next pin: translate, and resolve again
+    /// on a [`Fault::Miss`](crate::Fault::Miss).
+    ///
+    /// # Errors
+    /// [`ResolveError::Pinned`] when the calling thread holds a pin on any device: what it waits for might wait for
+    /// the pin.
+    pub fn resolve(&mut self, iova: u64, len: u64, access: Access, timeout_ms: u32) -> Result<(), ResolveError> {
+        let deadline = self.deadline(timeout_ms);
+        miss::resolve(self, iova, len, access, deadline)
+    }
+
+    /// Asks for `len` bytes from `iova` without waiting; at most
+    /// [`CELL_PAGES_MAX`](iotlb_proto::layout::worker::CELL_PAGES_MAX) pages. No system call when the daemon polls.
+    ///
+    /// A ticket that is dropped before it was answered only keeps its place until the answer has come.
+    ///
+    /// # Errors
+    /// The range makes no sense, too many requests are outstanding, or the attachment is over.
+    pub fn request(&mut self, iova: u64, len: u64, access: Access) -> Result<Ticket, RequestError> {
+        Ticket::post(&self.shared, self.slot, iova, len, access)
+    }
+
+    /// As [`Reader::request`] for several ranges, each `(iova, len, access)`, with at most one wake-up of the daemon
+    /// for all of them: it takes them up together, so they go out in one batch.
+    ///
+    /// The tickets come in the order of the ranges. They are fewer when cells run out.
+    ///
+    /// # Errors
+    /// As [`Reader::request`], but for [`RequestError::Full`]. Nothing is left posted by the first range that makes no
+    /// sense but what stood before it.
+    pub fn request_all(
+        &mut self,
+        ranges: impl IntoIterator<Item = (u64, u64, Access)>,
+    ) -> Result<Vec<Ticket>, RequestError> {
+        Ticket::post_all(&self.shared, self.slot, ranges)
+    }
+
+    /// Sleeps until a request is answered; see [`Reader::poll`]. Who waits for several does so from the last one on:
+    /// answers mostly come in order, so that one sleep is enough.
+    ///
+    /// # Errors
+    /// [`ResolveError::TimedOut`] when the time is over, [`ResolveError::Pinned`] when the calling thread holds a pin,
+    /// [`ResolveError::DaemonDead`] and [`ResolveError::Revoked`]. What the answer says is no error.
+    pub fn wait(&mut self, ticket: &mut Ticket, timeout_ms: u32) -> Result<Answer, ResolveError> {
+        let deadline = self.deadline(timeout_ms);
+        ticket.wait_unpinned(deadline)
+    }
+
+    /// The answer to a request, if there is one yet; the same one again when asked again. Never blocks. After
+    /// [`Answer::Resolved`] translate again: the table held the translation when the answer was given.
+    pub fn poll(&mut self, ticket: &mut Ticket) -> Option<Answer> {
+        ticket.take_answer()
+    }
+
+    /// Waits until this process has mapped all memory regions the table may point into: what to do after
+    /// [`Fault::Remapping`](crate::Fault::Remapping). `false` when that did not happen in time, when the attachment is
+    /// over, or when the calling thread holds a pin.
+    pub fn wait_mapped(&mut self, timeout_ms: u32) -> bool {
+        thread_pins::count() == 0 && self.shared.wait_mapped(self.deadline(timeout_ms)) == Ok(true)
+    }
+
+    /// Adds what this reader counted to the segment's counters now, instead of every thousand lookups or so. Before a
+    /// thread goes idle, say.
+    pub fn flush_counters(&self) {
+        let (lookups, faults) = (self.lookups.replace(0), self.faults.replace(0));
+        if lookups > 0 {
+            let counters = &self.shared.segment.counters;
+            // Relaxed: statistics.
+            counters.lookups.fetch_add(lookups, Ordering::Relaxed);
+            counters.hits.fetch_add(lookups.saturating_sub(faults), Ordering::Relaxed);
+        }
+    }
+
+    fn deadline(&self, timeout_ms: u32) -> Instant {
+        self.flush_counters();
+        deadline_in(timeout_ms)
+    }
+
+    #[inline]
+    pub(crate) fn count_lookups(&self, count: u64) {
+        self.lookups.set(self.lookups.get().wrapping_add(count));
+    }
+
+    #[inline]
+    pub(crate) fn count_fault(&self) {
+        self.faults.set(self.faults.get().wrapping_add(1));
+    }
+
+    /// Keeps all but the first piece of a translation until the pin ends.
+    pub(crate) fn keep_pieces<E>(&self, pieces: impl Iterator<Item = Result<Piece, E>>) -> Result<Option<Kept>, E> {
+        self.keeps.set(true);
+        // Borrowed nowhere else: the iterator translates and does not come here.
+        self.pieces.borrow_mut().add(pieces)
+    }
+
+    pub(crate) fn kept_piece(&self, at: usize) -> Option<Piece> {
+        self.pieces.borrow().get(at)
+    }
+
+    #[inline]
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    pub(crate) fn slot(&self) -> usize {
+        self.slot
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        if self.depth.get() > 0 {
+            // A guard was forgotten. Nothing it yielded can be reached any more, since all of it borrowed this reader.
+            self.unpin_slot();
+        }
+        self.flush_counters();
+        self.shared.slots.give_back(self.slot);
+    }
+}

@@ -1,0 +1,182 @@
+//! What the threads of one attachment share.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use iotlb_proto::liveness::LivenessView;
+use iotlb_proto::sync::{AtomicU32, AtomicU64, Ordering};
+use iotlb_proto::table::TableReader;
+use iotlb_proto::worker::WorkerSegment;
+
+use crate::arena::Arena;
+use crate::control::channel::Channel;
+use crate::eventfd;
+use crate::miss::cells::CellPool;
+use crate::queue::lease::LeaseBook;
+use crate::reader::slots::SlotPool;
+
+/// The daemon took all access away.
+const STATE_REVOKED: u32 = 1;
+/// The control socket is gone: neither regions nor a revocation could reach this process any more.
+const STATE_LOST: u32 = 2;
+
+/// Longest a blocked thread goes without looking whether the daemon lives, in milliseconds. The control thread wakes
+/// sleepers as soon as it sees the end, so this only bounds a wake-up lost to a race.
+pub(crate) const SLICE_MS: u64 = 50;
+
+/// Why an attachment is of no use any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Down {
+    /// The daemon died, or closed the control socket.
+    DaemonDead,
+    /// The daemon took all access away.
+    Revoked,
+}
+
+/// Everything but the control thread's handle.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) table: TableReader,
+    pub(crate) segment: WorkerSegment,
+    pub(crate) liveness: LivenessView,
+    pub(crate) arena: Arena,
+    pub(crate) doorbell: OwnedFd,
+    pub(crate) channel: Channel,
+    pub(crate) events: OwnedFd,
+    pub(crate) slots: SlotPool,
+    pub(crate) cells: CellPool,
+    pub(crate) leases: LeaseBook,
+    pub(crate) worker: u32,
+    pub(crate) device: String,
+    pub(crate) queues: u16,
+    /// Set of `STATE_*`.
+    state: AtomicU32,
+    /// Memory-map generation up to which the arena is what the daemon said.
+    mapped_generation: AtomicU64,
+    mapped_lock: Mutex<()>,
+    mapped_changed: Condvar,
+}
+
+/// What WELCOME brought, checked and mapped.
+pub(crate) struct Parts {
+    pub(crate) table: TableReader,
+    pub(crate) segment: WorkerSegment,
+    pub(crate) liveness: LivenessView,
+    pub(crate) arena: Arena,
+    pub(crate) doorbell: OwnedFd,
+    pub(crate) channel: Channel,
+    pub(crate) events: OwnedFd,
+    pub(crate) worker: u32,
+    pub(crate) device: String,
+    pub(crate) queues: u16,
+}
+
+impl Shared {
+    pub(crate) fn new(parts: Parts) -> Shared {
+        Shared {
+            table: parts.table,
+            segment: parts.segment,
+            liveness: parts.liveness,
+            arena: parts.arena,
+            doorbell: parts.doorbell,
+            channel: parts.channel,
+            events: parts.events,
+            slots: SlotPool::default(),
+            cells: CellPool::default(),
+            leases: LeaseBook::default(),
+            worker: parts.worker,
+            device: parts.device,
+            queues: parts.queues,
+            state: AtomicU32::new(0),
+            mapped_generation: AtomicU64::new(0),
+            mapped_lock: Mutex::new(()),
+            mapped_changed: Condvar::new(),
+        }
+    }
+
+    /// Loads only: fit for every pin.
+    #[inline]
+    pub(crate) fn check(&self) -> Result<(), Down> {
+        // Acquire pairs with the release in `set_state`; a revocation is not waited for by anybody who only reads the
+        // flag.
+        let state = self.state.load(Ordering::Acquire);
+        if state == 0 && self.liveness.alive() {
+            return Ok(());
+        }
+        Err(if state & STATE_REVOKED != 0 { Down::Revoked } else { Down::DaemonDead })
+    }
+
+    pub(crate) fn set_revoked(&self) {
+        self.set_state(STATE_REVOKED);
+    }
+
+    pub(crate) fn set_lost(&self) {
+        self.set_state(STATE_LOST);
+    }
+
+    fn set_state(&self, bit: u32) {
+        // Release pairs with the acquire in `check`.
+        self.state.fetch_or(bit, Ordering::Release);
+        self.wake_all();
+    }
+
+    /// Ends every wait of this process early, so that it looks at the state again.
+    pub(crate) fn wake_all(&self) {
+        self.cells.wake_sleepers(&self.segment);
+        {
+            let _held = self.mapped_lock.lock().unwrap_or_else(PoisonError::into_inner);
+            self.mapped_changed.notify_all();
+        }
+        self.leases.wake_all();
+        self.raise_events();
+    }
+
+    pub(crate) fn raise_events(&self) {
+        eventfd::signal(self.events.as_fd());
+    }
+
+    #[inline]
+    pub(crate) fn ring_doorbell(&self) {
+        eventfd::signal(self.doorbell.as_fd());
+    }
+
+    #[inline]
+    pub(crate) fn mapped_generation(&self) -> u64 {
+        // Acquire pairs with the release in `set_mapped`: who sees the generation sees the mappings.
+        self.mapped_generation.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_mapped(&self, generation: u64) {
+        let _held = self.mapped_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        // Release pairs with the acquire in `mapped_generation`.
+        self.mapped_generation.store(generation, Ordering::Release);
+        self.mapped_changed.notify_all();
+    }
+
+    /// Waits until everything the table may point into is mapped.
+    pub(crate) fn wait_mapped(&self, deadline: Instant) -> Result<bool, Down> {
+        let mut held = self.mapped_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            self.check()?;
+            // Acquire pairs with the daemon's release of a new generation, before the entries that need it.
+            let wanted = self.table.header().state.memory_map_generation.load(Ordering::Acquire);
+            if self.mapped_generation() >= wanted {
+                return Ok(true);
+            }
+            let Some(slice) = slice_until(deadline) else { return Ok(false) };
+            held = self.mapped_changed.wait_timeout(held, slice).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// How long to wait next for something due at `deadline`; `None` when it has passed.
+pub(crate) fn slice_until(deadline: Instant) -> Option<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() { None } else { Some(left.min(Duration::from_millis(SLICE_MS))) }
+}
+
+/// The moment `timeout_ms` from now.
+pub(crate) fn deadline_in(timeout_ms: u32) -> Instant {
+    Instant::now() + Duration::from_millis(u64::from(timeout_ms))
+}

@@ -1,0 +1,45 @@
+//! How many pins the calling thread holds, over all devices and readers.
+//!
+//! A thread that waits while it is pinned can hold up a grace period that the answer it waits for depends on. A reader
+//! knows only its own pins, so the count is kept for the thread.
+
+use std::cell::Cell;
+
+thread_local! {
+    static PINS: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Pins the calling thread holds. Nested pins of one reader count once.
+#[inline]
+#[must_use]
+pub fn count() -> u32 {
+    PINS.get()
+}
+
+/// The thread took an outermost pin.
+#[inline]
+pub(crate) fn enter() {
+    PINS.set(PINS.get().saturating_add(1));
+}
+
+/// The thread dropped an outermost pin.
+#[inline]
+pub(crate) fn leave() {
+    PINS.set(PINS.get().saturating_sub(1));
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn each_thread_counts_for_itself() {
+        super::enter();
+        super::enter();
+        assert_eq!(super::count(), 2);
+        assert_eq!(std::thread::spawn(super::count).join().expect("the thread only reads a number"), 0);
+        super::leave();
+        super::leave();
+        assert_eq!(super::count(), 0);
+        super::leave();
+        assert_eq!(super::count(), 0);
+    }
+}

@@ -1,0 +1,502 @@
+//! `iotlb-net` as a process of its own, over a daemon and a guest that the test plays by hand.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use iotlb_client::Access;
+use iotlb_proto::control::{DaemonMessage, QueueLease, WorkerMessage};
+use iotlb_proto::iova::PAGE_SIZE;
+use iotlb_proto::table::QueueRecord;
+use iotlb_proto::vhost_user::features::virtio;
+use iotlb_proto::worker::Answer;
+use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
+use support::{Daemon, Memory, Next, PATIENCE, eventfd, take_count, wait_readable, wait_until};
+
+const FEATURES: u64 =
+    virtio::VERSION_1 | virtio::ACCESS_PLATFORM | virtio::EVENT_IDX | virtio::INDIRECT_DESC | virtio::NET_MRG_RXBUF;
+const SIZE: u16 = 128;
+const PAGES: u64 = 256;
+/// Ring `n` has its tables and buffers from here.
+const RINGS: [u64; 2] = [0x1000_0000, 0x2000_0000];
+const AVAIL: u64 = 0x1_0000;
+const USED: u64 = 0x2_0000;
+const BUFFERS: u64 = 0x3_0000;
+const BUFFER_PAGES: u64 = 80;
+const BUFFER_LEN: u32 = 2048;
+const NEIGHBOUR: [u8; 6] = *b"\x02iotlb";
+const GUEST: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const HEADER: usize = 12;
+
+/// Where workers find the daemon.
+struct Socket {
+    listener: OwnedFd,
+    path: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl Socket {
+    fn new() -> Socket {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("control.sock");
+        let listener =
+            socket::socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).expect("a socket");
+        socket::bind(listener.as_raw_fd(), &UnixAddr::new(&path).expect("short")).expect("bind");
+        socket::listen(&listener, Backlog::new(4).expect("small")).expect("listen");
+        Socket { listener, path, _directory: directory }
+    }
+
+    fn worker(&self, arguments: &[&str]) -> Child {
+        Command::new(env!("CARGO_BIN_EXE_iotlb-net"))
+            .arg("--control-socket")
+            .arg(&self.path)
+            .args(arguments)
+            .env("RUST_LOG", "info")
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the worker starts")
+    }
+}
+
+/// Kick, call and error descriptors of a ring.
+struct Bells {
+    kick: OwnedFd,
+    call: OwnedFd,
+    err: OwnedFd,
+}
+
+impl Bells {
+    fn new() -> Bells {
+        Bells { kick: eventfd(), call: eventfd(), err: eventfd() }
+    }
+
+    fn fds(&self) -> [BorrowedFd<'_>; 3] {
+        [self.kick.as_fd(), self.call.as_fd(), self.err.as_fd()]
+    }
+
+    fn kick(&self) {
+        rustix::io::write(&self.kick, &1_u64.to_ne_bytes()).expect("kick");
+    }
+}
+
+/// Daemon and guest of one attachment.
+struct Stage {
+    daemon: Daemon,
+    memory: Memory,
+    bells: [Bells; 2],
+    pages: BTreeMap<u64, u64>,
+    avail: [u16; 2],
+}
+
+impl Stage {
+    /// A guest for a worker that serves both rings.
+    fn attach(socket: &Socket) -> Stage {
+        Stage::attach_part(socket, Memory::new(PAGES * PAGE_SIZE), &[0, 1])
+    }
+
+    /// Plays the daemon until the worker has its queues; the guest's rings are up, and nothing is in the IOTLB.
+    fn attach_part(socket: &Socket, memory: Memory, wanted: &[u16]) -> Stage {
+        let mut daemon = Daemon::new();
+        let pages = guest_pages();
+        assert!(wait_readable(socket.listener.as_fd(), PATIENCE), "no worker came");
+        let connection = socket::accept4(socket.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC).expect("accept");
+        // SAFETY: just accepted, and owned by nobody else.
+        daemon.adopt(unsafe { std::os::fd::FromRawFd::from_raw_fd(connection) });
+        assert!(matches!(daemon.receive().0, WorkerMessage::Hello(_)));
+        daemon.send(&DaemonMessage::Welcome(daemon.welcome()), &daemon.welcome_fds());
+        daemon.add_region(1, 0, &memory);
+        let mut stage = Stage { daemon, memory, bells: [Bells::new(), Bells::new()], pages, avail: [0; 2] };
+        stage.start_rings();
+        stage.serve_misses();
+        let generation = stage.daemon.table().bump_memory_map();
+        stage.daemon.send(&DaemonMessage::MemoryMap { generation }, &[]);
+        let (mut mapped, mut claimed) = (false, false);
+        while !(mapped && claimed) {
+            match stage.daemon.receive().0 {
+                WorkerMessage::Mapped { generation: done } => mapped = done == generation,
+                WorkerMessage::ClaimQueues { claim, queues } => {
+                    assert_eq!(queues, wanted);
+                    claimed = true;
+                    for (queue, bells) in (0..).zip(&stage.bells).filter(|(queue, _)| wanted.contains(queue)) {
+                        let lease = QueueLease { queue, claim, kick: true, call: true, err: true };
+                        stage.daemon.send(&DaemonMessage::Lease(lease), &bells.fds());
+                    }
+                }
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+        stage
+    }
+
+    fn start_rings(&mut self) {
+        let mut table = self.daemon.table();
+        let session_generation = table.bump_session();
+        table.set_acked_features(FEATURES);
+        table.set_running(true);
+        for (queue, base) in (0..).zip(RINGS) {
+            let record = QueueRecord {
+                started: true,
+                enabled: true,
+                size: SIZE,
+                desc: base,
+                avail: base + AVAIL,
+                used: base + USED,
+                base: 0,
+                session_generation,
+            };
+            table.publish_queue(queue, &record);
+        }
+    }
+
+    fn serve_misses(&self) {
+        let pages = self.pages.clone();
+        // Ends with the test's process.
+        drop(self.daemon.serve_misses(move |table, request| {
+            let mut granted = true;
+            let mut page = request.range.first() & !(PAGE_SIZE - 1);
+            while page <= request.range.last() {
+                match pages.get(&page) {
+                    Some(target) => {
+                        let range = iotlb_proto::iova::IovaRange::page_of(page);
+                        table.insert(range, *target, Access::READ_WRITE).expect("the table has room");
+                    }
+                    None => granted = false,
+                }
+                page += PAGE_SIZE;
+            }
+            Next::Answer(if granted { Answer::Resolved } else { Answer::Denied })
+        }));
+    }
+
+    fn target(&self, iova: u64) -> u64 {
+        self.pages[&(iova & !(PAGE_SIZE - 1))] + iova % PAGE_SIZE
+    }
+
+    fn write(&self, mut iova: u64, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let len = bytes.len().min(usize::try_from(PAGE_SIZE - iova % PAGE_SIZE).expect("small"));
+            self.memory.poke(self.target(iova), &bytes[..len]);
+            (iova, bytes) = (iova + len as u64, &bytes[len..]);
+        }
+    }
+
+    fn read(&self, mut iova: u64, len: usize) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while bytes.len() < len {
+            let part = (len - bytes.len()).min(usize::try_from(PAGE_SIZE - iova % PAGE_SIZE).expect("small"));
+            bytes.extend(self.memory.peek(self.target(iova), part));
+            iova += part as u64;
+        }
+        bytes
+    }
+
+    fn used_index(&self, ring: usize) -> u16 {
+        u16::from_le_bytes(self.read(RINGS[ring] + USED + 2, 2).try_into().expect("two bytes"))
+    }
+
+    fn used(&self, ring: usize, index: u16) -> (u64, usize) {
+        let element = self.read(RINGS[ring] + USED + 4 + 8 * u64::from(index % SIZE), 8);
+        let word = |at: usize| u32::from_le_bytes(element[at..at + 4].try_into().expect("four bytes"));
+        (word(0).into(), word(4) as usize)
+    }
+
+    /// Posts one descriptor; its index is that of its buffer.
+    fn post(&mut self, ring: usize, iova: u64, len: u32, writable: bool) {
+        let index = self.avail[ring] % SIZE;
+        let mut descriptor = iova.to_le_bytes().to_vec();
+        descriptor.extend(len.to_le_bytes());
+        descriptor.extend([if writable { 2 } else { 0 }, 0, 0, 0]);
+        self.write(RINGS[ring] + 16 * u64::from(index), &descriptor);
+        self.write(RINGS[ring] + AVAIL + 4 + 2 * u64::from(index), &index.to_le_bytes());
+        self.avail[ring] = self.avail[ring].wrapping_add(1);
+        self.write(RINGS[ring] + AVAIL + 2, &self.avail[ring].to_le_bytes());
+        // Call for every element: nothing is lost when a call is taken for the one before.
+        self.write(RINGS[ring] + AVAIL + 4 + 2 * u64::from(SIZE), &self.used_index(ring).to_le_bytes());
+    }
+
+    fn buffer(&self, ring: usize) -> u64 {
+        RINGS[ring] + BUFFERS + u64::from(self.avail[ring] % SIZE) * u64::from(BUFFER_LEN)
+    }
+
+    fn post_receive_buffers(&mut self, count: usize) {
+        for _ in 0..count {
+            let buffer = self.buffer(0);
+            self.post(0, buffer, BUFFER_LEN, true);
+        }
+    }
+
+    fn send(&mut self, frame: &[u8]) {
+        let packet = [&[0; HEADER], frame].concat();
+        let buffer = self.buffer(1);
+        self.write(buffer, &packet);
+        self.post(1, buffer, u32::try_from(packet.len()).expect("small"), false);
+    }
+
+    /// Waits until the guest has received up to `index`, woken by calls as a guest is.
+    fn wait_received(&self, index: u16) {
+        wait_until("packets for the guest", || {
+            wait_readable(self.bells[0].call.as_fd(), PATIENCE);
+            take_count(&self.bells[0].call);
+            // The driver re-arms, then looks again.
+            self.write(RINGS[0] + AVAIL + 4 + 2 * u64::from(SIZE), &self.used_index(0).to_le_bytes());
+            self.used_index(0) == index
+        });
+    }
+
+    fn received(&self, index: u16) -> Vec<u8> {
+        let (id, len) = self.used(0, index);
+        let packet = self.read(RINGS[0] + BUFFERS + id * u64::from(BUFFER_LEN), len);
+        assert_eq!(packet[..HEADER], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+        packet[HEADER..].to_vec()
+    }
+}
+
+/// Where the guest's pages are: neighbours nowhere near each other.
+fn guest_pages() -> BTreeMap<u64, u64> {
+    let mut iovas = Vec::new();
+    for base in RINGS {
+        iovas.extend([base, base + AVAIL, base + USED]);
+        iovas.extend((0..BUFFER_PAGES).map(|page| base + BUFFERS + page * PAGE_SIZE));
+    }
+    // 101 is prime to 256.
+    (0..).zip(iovas).map(|(n, iova)| (iova, (n * 101 % PAGES) * PAGE_SIZE)).collect()
+}
+
+fn checksum(bytes: &[u8]) -> [u8; 2] {
+    iotlb_client::net::header::checksum(&[bytes]).to_be_bytes()
+}
+
+fn fragment(field: u16, data: &[u8]) -> Vec<u8> {
+    let len = u16::try_from(20 + data.len()).expect("below the MTU").to_be_bytes();
+    let mut ip =
+        [&[0x45, 0][..], &len, &[0, 7], &field.to_be_bytes(), &[64, 1, 0, 0, 10, 0, 0, 2, 10, 0, 0, 1]].concat();
+    let sum = checksum(&ip);
+    ip[10..12].copy_from_slice(&sum);
+    [&NEIGHBOUR[..], &GUEST, &[8, 0], &ip, data].concat()
+}
+
+fn ping(payload: &[u8]) -> Vec<u8> {
+    let mut data = [&[8, 0, 0, 0, 0, 1, 0, 2][..], payload].concat();
+    let sum = checksum(&data);
+    data[2..4].copy_from_slice(&sum);
+    data
+}
+
+fn terminate(child: Child) {
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into().expect("a pid"));
+    nix::sys::signal::kill(pid, nix::sys::signal::SIGTERM).expect("our own child");
+    let output = child.wait_with_output().expect("it ends");
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{:?}: {log}", output.status);
+    assert!(log.contains("served"), "{log}");
+}
+
+#[test]
+fn pings_are_answered_through_cold_tables_and_sigterm_ends_it() {
+    let socket = Socket::new();
+    let worker = socket.worker(&["--queues", "0,1", "--echo"]);
+    let mut stage = Stage::attach(&socket);
+    stage.post_receive_buffers(100);
+    stage.send(&fragment(0, &ping(b"hello")));
+    stage.bells[1].kick();
+    stage.wait_received(1);
+    let reply = stage.received(0);
+    assert_eq!((&reply[..6], &reply[6..12]), (&GUEST[..], &NEIGHBOUR[..]));
+    assert_eq!((reply[34], checksum(&reply[34..]), &reply[42..]), (0, [0, 0], &b"hello"[..]));
+
+    // 60,000 bytes in 41 fragments, posted at once.
+    let request = ping(&(0..60_000_u32).map(|at| (at % 253).to_le_bytes()[0]).collect::<Vec<_>>());
+    let count = request.chunks(1480).len();
+    for (index, data) in request.chunks(1480).enumerate() {
+        let more = if index + 1 < count { 0x2000 } else { 0 };
+        stage.send(&fragment(more | u16::try_from(index * 185).expect("13 bits"), data));
+    }
+    stage.bells[1].kick();
+    let last = 1 + u16::try_from(count).expect("41");
+    stage.wait_received(last);
+    let mut reply = Vec::new();
+    for index in 1..last {
+        reply.extend_from_slice(&stage.received(index)[34..]);
+    }
+    assert_eq!(checksum(&reply), [0, 0]);
+    assert_eq!((reply[0], &reply[4..]), (0, &request[4..]));
+    assert_eq!(stage.used_index(1), last);
+    terminate(worker);
+}
+
+#[test]
+fn a_denied_buffer_costs_its_chain_and_is_reported() {
+    let socket = Socket::new();
+    let worker = socket.worker(&["--queues", "0,1", "--echo"]);
+    let mut stage = Stage::attach(&socket);
+    stage.post_receive_buffers(10);
+    stage.post(1, 0xdead_beef_0000, 100, false);
+    stage.send(&fragment(0, &ping(b"after")));
+    stage.bells[1].kick();
+    stage.wait_received(1);
+    assert_eq!(&stage.received(0)[42..], b"after");
+    assert_eq!((stage.used(1, 0), stage.used_index(1)), ((0, 0), 2));
+    let WorkerMessage::QueueError { queue: 1, reason } = stage.daemon.receive().0 else { panic!("no report") };
+    assert!(reason.contains("0xdeadbeef0000"), "{reason}");
+    terminate(worker);
+}
+
+#[test]
+fn a_broken_ring_rests_until_it_is_set_up_anew() {
+    let socket = Socket::new();
+    let worker = socket.worker(&["--queues", "0,1", "--echo"]);
+    let mut stage = Stage::attach(&socket);
+    stage.post_receive_buffers(10);
+    stage.write(RINGS[1] + AVAIL + 2, &(SIZE + 1).to_le_bytes());
+    stage.bells[1].kick();
+    let WorkerMessage::QueueError { queue: 1, reason } = stage.daemon.receive().0 else { panic!("no report") };
+    assert!(reason.contains("avail.idx"), "{reason}");
+    // The guest resets its device and starts over; the session changes.
+    stage.write(RINGS[1] + AVAIL + 2, &[0, 0]);
+    stage.start_rings();
+    stage.send(&fragment(0, &ping(b"again")));
+    stage.bells[1].kick();
+    stage.wait_received(1);
+    assert_eq!(&stage.received(0)[42..], b"again");
+    terminate(worker);
+}
+
+#[test]
+fn without_its_daemon_the_worker_ends_and_says_so() {
+    let socket = Socket::new();
+    let worker = socket.worker(&["--queues", "0,1", "--echo"]);
+    let mut stage = Stage::attach(&socket);
+    stage.post_receive_buffers(10);
+    stage.send(&fragment(0, &ping(b"hello")));
+    stage.bells[1].kick();
+    stage.wait_received(1);
+    stage.daemon.kill();
+    stage.daemon.socket = None;
+    let output = worker.wait_with_output().expect("it ends");
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{log}");
+    assert!(log.contains("the daemon ended") && log.contains("--reconnect"), "{log}");
+}
+
+#[test]
+fn with_reconnect_it_serves_under_the_next_daemon() {
+    let socket = Socket::new();
+    let worker = socket.worker(&["--queues", "0,1", "--echo", "--reconnect"]);
+    let mut stage = Stage::attach(&socket);
+    stage.daemon.kill();
+    stage.daemon.socket = None;
+    let mut stage = Stage::attach(&socket);
+    stage.post_receive_buffers(10);
+    stage.send(&fragment(0, &ping(b"back")));
+    stage.bells[1].kick();
+    stage.wait_received(1);
+    assert_eq!(&stage.received(0)[42..], b"back");
+    terminate(worker);
+}
+
+#[test]
+fn half_a_pair_cannot_echo() {
+    let socket = Socket::new();
+    let output = socket.worker(&["--queues", "1", "--echo"]).wait_with_output().expect("it ends");
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && log.contains("--queues has 1 without 0"), "{log}");
+}
+
+/// Set in the copy of a test that runs in a namespace.
+const INSIDE: &str = "IOTLB_NET_TEST_INSIDE";
+
+/// Runs the test again, alone, in a network namespace of its own; `true` in there. As a user, or where the kernel has
+/// no TAP, there is nothing to run; as root with a TAP device, not getting a namespace is a failure.
+fn in_a_namespace(test: &str) -> bool {
+    if std::env::var_os(INSIDE).is_some() {
+        return true;
+    }
+    if !nix::unistd::geteuid().is_root() || !std::path::Path::new("/dev/net/tun").exists() {
+        eprintln!("{test}: needs root and /dev/net/tun");
+        return false;
+    }
+    let output = Command::new("unshare")
+        .args(["-n", "timeout", "120"])
+        .arg(std::env::current_exe().expect("a test binary has a path"))
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env(INSIDE, "1")
+        .stdin(Stdio::null())
+        .output()
+        .expect("unshare and timeout are part of every Linux");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let ran = text.contains("1 passed");
+    assert!(output.status.success() && ran, "{text}{}", String::from_utf8_lossy(&output.stderr));
+    false
+}
+
+/// An EtherType for experiments, big endian.
+const TYPE: u16 = 0x88b5;
+
+/// The host's end of a TAP, for frames of our type.
+fn host_end(name: &str) -> OwnedFd {
+    let status = Command::new("ip").args(["link", "set", name, "up"]).status().expect("iproute2 is installed");
+    assert!(status.success());
+    let socket = socket::socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)
+        .expect("root may open packet sockets");
+    let index = nix::net::if_::if_nametoindex(name).expect("the TAP exists");
+    // SAFETY: a C structure of numbers, for which zero is a value.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET.try_into().expect("small");
+    address.sll_protocol = TYPE.to_be();
+    address.sll_ifindex = index.try_into().expect("small");
+    let size = u32::try_from(size_of_val(&address)).expect("small");
+    // SAFETY: the address lives across the call and has the size given.
+    let bound = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size) };
+    assert_eq!(bound, 0, "bind: {}", std::io::Error::last_os_error());
+    socket
+}
+
+fn frame(to: u8, from: u8, text: &[u8]) -> Vec<u8> {
+    [&[2, 0, 0, 0, 0, to, 2, 0, 0, 0, 0, from][..], &TYPE.to_be_bytes(), text].concat()
+}
+
+#[test]
+fn two_processes_serve_one_guest_over_one_tap() {
+    if !in_a_namespace("two_processes_serve_one_guest_over_one_tap") {
+        return;
+    }
+    let memory = Memory::new(PAGES * PAGE_SIZE);
+    let shared = Memory { fd: memory.fd.try_clone().expect("a descriptor"), size: memory.size };
+    let (rx_socket, tx_socket) = (Socket::new(), Socket::new());
+    // The one that only sends comes first: its queue is detached, and the other still gets all packets.
+    let tx_worker = tx_socket.worker(&["--queues", "1", "--tap", "tap0"]);
+    let mut tx = Stage::attach_part(&tx_socket, shared, &[1]);
+    let rx_worker = rx_socket.worker(&["--queues", "0", "--tap", "tap0"]);
+    let mut rx = Stage::attach_part(&rx_socket, memory, &[0]);
+    let host = host_end("tap0");
+
+    rx.post_receive_buffers(100);
+    let mut seen = 0;
+    for round in 0..50 {
+        let sent = frame(200, round, b"from the guest");
+        tx.send(&sent);
+        tx.bells[1].kick();
+        assert!(wait_readable(host.as_fd(), PATIENCE), "nothing came out of the TAP");
+        let mut got = [0; 2048];
+        let len = socket::recv(host.as_raw_fd(), &mut got, socket::MsgFlags::empty()).expect("readable");
+        assert_eq!(got[..len], sent);
+
+        // The answer goes to the station that was just heard on the other process's queue.
+        let answer = frame(round, 200, b"to the guest");
+        socket::send(host.as_raw_fd(), &answer, socket::MsgFlags::empty()).expect("sent");
+        // The kernel announces itself on a new device; the guest drops what it does not know.
+        loop {
+            wait_until("a packet for the guest", || rx.used_index(0) > seen);
+            seen += 1;
+            if rx.received(seen - 1) == answer {
+                break;
+            }
+            assert!(seen < 90, "the packet did not come");
+        }
+    }
+    terminate(tx_worker);
+    terminate(rx_worker);
+}
