@@ -1,0 +1,88 @@
+//! UPDATE and INVALIDATE.
+//!
+//! An UPDATE says what a range means from now on, so whatever was known of the range before is void in any case: a part
+//! that this side cannot reach (outside every region, no permission, a user address that wraps) answers non-zero *and*
+//! takes away what the range meant so far. Being without a translation costs a miss; keeping an old one costs the
+//! guest's memory.
+
+use iotlb_proto::iova::IovaRange;
+use iotlb_proto::vhost_user::{IotlbKind, IotlbMessage};
+
+use super::machine::Device;
+use super::request::RequestError;
+use super::take::{Due, Job, Part};
+
+impl Device {
+    /// Handles an IOTLB message of the front-end. `due` is the reply for success.
+    pub(super) fn iotlb(&mut self, message: &IotlbMessage, due: Due) -> Result<Job, RequestError> {
+        match message.kind {
+            IotlbKind::Update => self.update(message, due),
+            IotlbKind::Invalidate => Ok(self.invalidate(message, due)),
+            IotlbKind::Miss | IotlbKind::AccessFail => Err(RequestError::WrongDirection(message.kind)),
+        }
+    }
+
+    fn update(&mut self, message: &IotlbMessage, due: Due) -> Result<Job, RequestError> {
+        if !self.session.iommu() {
+            return Err(RequestError::NoIommu);
+        }
+        let Some(range) = IovaRange::from_len(message.iova, message.size) else {
+            return Err(RequestError::UpdateRange { iova: message.iova, size: message.size });
+        };
+        let mut job = Job::give(due);
+        let pieces = match self.memory.split_user(message.user_address, range.len_minus_one()) {
+            Some(pieces) if !message.access.is_none() => pieces,
+            _ => {
+                job.parts.push_back(Part::Remove { range });
+                self.refuse_update(&mut job, message);
+                return Ok(job);
+            }
+        };
+        let mut refused = false;
+        for piece in pieces {
+            let first = range.first() + piece.offset;
+            let Some(range) = IovaRange::new(first, first + piece.len_minus_one) else { continue };
+            match piece.arena {
+                Some(target) => job.parts.push_back(Part::Insert { range, target, access: message.access }),
+                None => {
+                    refused = true;
+                    job.parts.push_back(Part::Remove { range });
+                }
+            }
+        }
+        if refused {
+            self.refuse_update(&mut job, message);
+        } else {
+            self.counters.updates += 1;
+        }
+        Ok(job)
+    }
+
+    fn refuse_update(&mut self, job: &mut Job, message: &IotlbMessage) {
+        self.counters.refused += 1;
+        if self.may_complain() {
+            tracing::warn!(?message, "UPDATE names memory outside the memory table, or no permission");
+        }
+        job.ask_rings = true;
+        if let Due::Number { request, .. } = job.due {
+            job.due = Due::Number { request, value: 1 };
+        }
+    }
+
+    fn invalidate(&mut self, message: &IotlbMessage, due: Due) -> Job {
+        self.counters.invalidations += 1;
+        let mut job = Job::take(due);
+        if !self.session.iommu() {
+            // Without IOMMU nothing is translated by the front-end, so there is nothing it could take back.
+            if self.may_complain() {
+                tracing::warn!("INVALIDATE without ACCESS_PLATFORM: nothing to do");
+            }
+            return job;
+        }
+        let range = IovaRange::from_invalidate(message.iova, message.size);
+        self.table.remove(range);
+        job.ask_rings =
+            self.rings.iter().filter_map(|ring| ring.areas()).flatten().any(|(area, _)| area.overlaps(range));
+        job
+    }
+}

@@ -1,0 +1,520 @@
+//! The miss engine: workers' misses in, MISS messages on the back-end channel out, answers back.
+//!
+//! - All misses for one page, of all workers, share one message. A waiter that wants more than the message asked for
+//!   stays, and the page is asked again.
+//! - Messages ask for a reply, so that a denial is heard. The front-end answers in order, so the messages in flight are
+//!   a queue, and a reply belongs to the oldest. A reply that no longer concerns anybody only frees its place.
+//! - Few messages are in flight, because the socket holds about 278 and a front-end that waits for us on the main
+//!   channel does not read it. The rest waits in one queue a worker, served in turn.
+//! - Answers are read from the table: what a pending take has removed is not there, so it resolves nobody.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use iotlb_proto::access::Access;
+use iotlb_proto::iova::{IovaRange, PAGE_MASK, PAGE_SIZE};
+use iotlb_proto::layout::worker::{CELL_CAPACITY, CELL_PAGES_MAX};
+use iotlb_proto::vhost_user::{IotlbKind, IotlbMessage};
+use iotlb_proto::worker::{Answer, MissRequest};
+
+use super::{Action, WorkerId};
+use coverage::pages_of;
+pub(super) use coverage::{Coverage, Translations, coverage};
+
+mod coverage;
+#[cfg(test)]
+mod tests;
+
+/// Most MISS messages without a reply. A Unix socket of default size holds about 278 unread ones; the front-end reads
+/// them one by one, so more in flight would not be answered sooner.
+pub(super) const IN_FLIGHT_MAX: usize = 64;
+/// How often a page is asked again when the front-end says "done" and the page still is not there.
+const RETRIES_MAX: u8 = 3;
+/// A front-end that refuses is asked once more before the worker hears of it: the guest may have mapped the page just
+/// then.
+const DENIALS_NEEDED: u8 = 2;
+
+/// Whose turn it is: `None` is the device itself, which asks for ring pages.
+type Owner = Option<WorkerId>;
+
+/// A worker's miss, or a ring page wanted by the device itself.
+#[derive(Debug)]
+struct Waiter {
+    /// Cell and ticket to answer; `None` for the device.
+    cell: Option<(WorkerId, u16, u32)>,
+    range: IovaRange,
+    access: Access,
+    deadline_ns: u64,
+    /// Pages that were not covered when last seen.
+    open: BTreeSet<u64>,
+}
+
+impl Waiter {
+    fn owner(&self) -> Owner {
+        self.cell.map(|(worker, _, _)| worker)
+    }
+
+    fn part_in(&self, page: u64) -> IovaRange {
+        self.range.intersection(IovaRange::page_of(page)).unwrap_or(self.range)
+    }
+}
+
+/// One waiter of one page.
+#[derive(Clone, Debug)]
+struct Interest {
+    waiter: u64,
+    /// Messages sent, of any page, when the waiter joined: only later ones say something about it.
+    joined: u64,
+    denials: u8,
+    attempts: u8,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Waits for its turn, in the queue of `owner`.
+    Queued { owner: Owner, order: u64 },
+    /// The message with this number is out.
+    Sent { number: u64 },
+}
+
+#[derive(Debug)]
+struct PageMiss {
+    state: State,
+    /// Ask for one waiter's access at a time: asked together they were refused.
+    apart: bool,
+    waiters: Vec<Interest>,
+}
+
+/// A message whose reply is due.
+#[derive(Clone, Copy, Debug)]
+struct Flight {
+    page: u64,
+    number: u64,
+    access: Access,
+}
+
+/// Everything that is missing.
+#[derive(Debug)]
+pub(super) struct Misses {
+    timeout_ns: u64,
+    waiters: BTreeMap<u64, Waiter>,
+    by_cell: BTreeMap<(WorkerId, u16), u64>,
+    /// The device's own waiters, by page.
+    own: BTreeMap<u64, u64>,
+    pages: BTreeMap<u64, PageMiss>,
+    queues: BTreeMap<Owner, BTreeSet<(u64, u64)>>,
+    served_last: Option<Owner>,
+    flights: VecDeque<Flight>,
+    /// Pages that were sent without asking for a reply, because the front-end does not give any.
+    silent: BTreeSet<u64>,
+    next_waiter: u64,
+    next_order: u64,
+    /// Messages sent so far; the number of the last.
+    sent: u64,
+}
+
+/// What the engine works with while it handles one event.
+pub(super) struct Surroundings<'a, T: Translations> {
+    pub(super) table: &'a T,
+    pub(super) actions: &'a mut VecDeque<Action>,
+    /// Whether MISS messages may ask for a reply (REPLY_ACK).
+    pub(super) replies: bool,
+}
+
+impl Misses {
+    pub(super) fn new(timeout_ms: u32) -> Misses {
+        Misses {
+            timeout_ns: u64::from(timeout_ms) * 1_000_000,
+            waiters: BTreeMap::new(),
+            by_cell: BTreeMap::new(),
+            own: BTreeMap::new(),
+            pages: BTreeMap::new(),
+            queues: BTreeMap::new(),
+            served_last: None,
+            flights: VecDeque::new(),
+            silent: BTreeSet::new(),
+            next_waiter: 0,
+            next_order: 0,
+            sent: 0,
+        }
+    }
+
+    /// MISS messages sent so far.
+    pub(super) fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// Misses that wait for an answer.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiters.len()
+    }
+
+    /// When the first waiter's time is up.
+    pub(super) fn next_deadline_ns(&self) -> Option<u64> {
+        // All wait equally long and time only grows, so the oldest waiter is the first whose time is up.
+        self.waiters.first_key_value().map(|(_, waiter)| waiter.deadline_ns)
+    }
+
+    /// A worker wants a range. The caller saw to it that the device runs.
+    pub(super) fn post<T: Translations>(
+        &mut self,
+        worker: WorkerId,
+        cell: u16,
+        request: MissRequest,
+        now_ns: u64,
+        to: &mut Surroundings<'_, T>,
+    ) {
+        // A cell holds one miss. A worker that posts again before the answer has dropped the earlier one, which bounds
+        // what a worker can have here: CELL_CAPACITY waiters of CELL_PAGES_MAX pages.
+        self.forget_cell(worker, cell);
+        let answer = |answer| Action::AnswerMiss { worker, cell, ticket: request.ticket, answer };
+        let pages = request.range.page_aligned().len_minus_one() / PAGE_SIZE + 1;
+        if usize::from(cell) >= CELL_CAPACITY || request.access.is_none() || pages > CELL_PAGES_MAX {
+            to.actions.push_back(answer(Answer::Invalid));
+            return;
+        }
+        if coverage(to.table, request.range, request.access) == Coverage::Covered {
+            to.actions.push_back(answer(Answer::Resolved));
+            return;
+        }
+        let id = self.add_waiter(Some((worker, cell, request.ticket)), request.range, request.access, now_ns);
+        self.by_cell.insert((worker, cell), id);
+        self.open_pages(id, to.table);
+        self.pump(to);
+    }
+
+    /// The device wants its rings. Nobody is answered; pages that are covered or asked for already are left alone.
+    pub(super) fn want<T: Translations>(
+        &mut self,
+        areas: impl Iterator<Item = (IovaRange, Access)>,
+        now_ns: u64,
+        to: &mut Surroundings<'_, T>,
+    ) {
+        // Areas often share a page: it is asked for once, for all of them.
+        let mut wanted: BTreeMap<u64, (IovaRange, Access)> = BTreeMap::new();
+        for (range, access) in areas {
+            for page in pages_of(range) {
+                let Some(part) = IovaRange::page_of(page).intersection(range) else { continue };
+                if coverage(to.table, part, access) == Coverage::Covered {
+                    continue;
+                }
+                let both = wanted.get(&page).map_or((part, access), |&(other, also)| {
+                    let hull = IovaRange::new(part.first().min(other.first()), part.last().max(other.last()));
+                    (hull.unwrap_or(part), access.union(also))
+                });
+                wanted.insert(page, both);
+            }
+        }
+        for (page, (part, access)) in wanted {
+            if let Some(id) = self.own.get(&page).copied() {
+                if self.waiters.get(&id).is_some_and(|w| w.access.allows(access) && w.range.covers(part)) {
+                    continue;
+                }
+                self.remove_waiter(id);
+            }
+            let id = self.add_waiter(None, part, access, now_ns);
+            self.own.insert(page, id);
+            self.open_pages(id, to.table);
+        }
+        self.pump(to);
+    }
+
+    /// Translations inside `range` appeared.
+    pub(super) fn appeared<T: Translations>(&mut self, range: IovaRange, to: &mut Surroundings<'_, T>) {
+        let first = range.first() & !PAGE_MASK;
+        let touched: Vec<u64> = self.pages.range(first..=range.last()).map(|(page, _)| *page).collect();
+        for page in touched {
+            self.recheck(page, to);
+            // Without replies nothing else says that the front-end is done with the page.
+            if self.silent.remove(&page) {
+                self.judge(page, 0, None, to);
+            }
+        }
+        self.pump(to);
+    }
+
+    /// The reply to the oldest message in flight. `false`: there is none.
+    pub(super) fn reply<T: Translations>(&mut self, value: u64, to: &mut Surroundings<'_, T>) -> bool {
+        let Some(flight) = self.flights.pop_front() else { return false };
+        if self.is_current(&flight) {
+            self.recheck(flight.page, to);
+        }
+        if self.is_current(&flight) {
+            self.judge(flight.page, value, Some(flight), to);
+        }
+        self.pump(to);
+        true
+    }
+
+    /// Time passed.
+    pub(super) fn tick<T: Translations>(&mut self, now_ns: u64, to: &mut Surroundings<'_, T>) {
+        while let Some((&id, waiter)) = self.waiters.first_key_value() {
+            if waiter.deadline_ns > now_ns {
+                break;
+            }
+            self.finish(id, Answer::TimedOut, to.actions);
+        }
+        self.pump(to);
+    }
+
+    /// A worker is gone.
+    pub(super) fn worker_gone(&mut self, worker: WorkerId) {
+        let ids: Vec<u64> = self.by_cell.range((worker, 0)..=(worker, u16::MAX)).map(|(_, id)| *id).collect();
+        for id in ids {
+            self.remove_waiter(id);
+        }
+    }
+
+    /// Nobody can be served any more: all are answered `Stopped`. What is in flight keeps its place.
+    pub(super) fn stop(&mut self, actions: &mut VecDeque<Action>) {
+        while let Some((&id, _)) = self.waiters.first_key_value() {
+            self.finish(id, Answer::Stopped, actions);
+        }
+    }
+
+    /// The back-end channel is another one, or none: replies that were due will never come.
+    pub(super) fn channel_replaced(&mut self) {
+        self.flights.clear();
+        self.silent.clear();
+        let sent: Vec<u64> =
+            self.pages.iter().filter(|(_, p)| matches!(p.state, State::Sent { .. })).map(|(page, _)| *page).collect();
+        for page in sent {
+            self.requeue(page);
+        }
+    }
+
+    /// Sends what may be sent. The caller saw to it that there is a channel.
+    pub(super) fn pump<T: Translations>(&mut self, to: &mut Surroundings<'_, T>) {
+        while self.flights.len() + self.silent.len() < IN_FLIGHT_MAX {
+            let Some(page) = self.take_turn() else { break };
+            self.send(page, to);
+        }
+    }
+
+    /// The next page in turn, taken out of its queue.
+    fn take_turn(&mut self) -> Option<u64> {
+        let after = self.served_last.and_then(|last| {
+            self.queues.range((std::ops::Bound::Excluded(last), std::ops::Bound::Unbounded)).next().map(|(o, _)| *o)
+        });
+        let owner = after.or_else(|| self.queues.first_key_value().map(|(o, _)| *o))?;
+        let queue = self.queues.get_mut(&owner)?;
+        let (_, page) = queue.pop_first()?;
+        if queue.is_empty() {
+            self.queues.remove(&owner);
+        }
+        self.served_last = Some(owner);
+        Some(page)
+    }
+
+    fn send<T: Translations>(&mut self, page: u64, to: &mut Surroundings<'_, T>) {
+        let Some(entry) = self.pages.get_mut(&page) else { return };
+        let together = if entry.apart { 1 } else { entry.waiters.len() };
+        let access = entry
+            .waiters
+            .iter()
+            .take(together)
+            .filter_map(|i| self.waiters.get(&i.waiter))
+            .fold(Access::NONE, |all, waiter| all.union(waiter.access));
+        // Asked once by page, as front-ends expect, and then by the very address: a front-end may know only a part of
+        // the page.
+        let iova = match entry.waiters.first() {
+            Some(first) if first.attempts > 0 || first.denials > 0 => match self.waiters.get(&first.waiter) {
+                Some(waiter) => match coverage(to.table, waiter.part_in(page), waiter.access) {
+                    Coverage::Absent(at) | Coverage::Forbidden(at) => at,
+                    Coverage::Covered => page,
+                },
+                None => page,
+            },
+            _ => page,
+        };
+        self.sent += 1;
+        entry.state = State::Sent { number: self.sent };
+        if to.replies {
+            self.flights.push_back(Flight { page, number: self.sent, access });
+        } else {
+            self.silent.insert(page);
+        }
+        let mut message = IotlbMessage::miss(iova, access);
+        message.size = PAGE_SIZE - (iova & PAGE_MASK);
+        to.actions.push_back(Action::SendBackEnd { message, need_reply: to.replies });
+    }
+
+    fn is_current(&self, flight: &Flight) -> bool {
+        self.pages.get(&flight.page).is_some_and(|p| p.state == State::Sent { number: flight.number })
+    }
+
+    /// The front-end is done with a page, and some waiters still lack it: count, give up, or ask again.
+    fn judge<T: Translations>(&mut self, page: u64, value: u64, flight: Option<Flight>, to: &mut Surroundings<'_, T>) {
+        let Some(entry) = self.pages.get_mut(&page) else { return };
+        let mut verdicts = Vec::new();
+        let mut anyone = false;
+        for interest in &mut entry.waiters {
+            let Some(waiter) = self.waiters.get(&interest.waiter) else { continue };
+            // The message must be younger than the waiter, and must have asked for what the waiter wants: for a refusal
+            // no more than that, for a success no less.
+            if flight.is_some_and(|f| f.number <= interest.joined) {
+                continue;
+            }
+            let fits = flight.is_none_or(|f| match value {
+                0 => f.access.allows(waiter.access),
+                _ => waiter.access.allows(f.access),
+            });
+            if !fits {
+                continue;
+            }
+            anyone = true;
+            if value != 0 {
+                interest.denials += 1;
+                if interest.denials >= DENIALS_NEEDED {
+                    verdicts.push((interest.waiter, Answer::Denied, None));
+                }
+            } else {
+                interest.attempts += 1;
+                if interest.attempts > RETRIES_MAX {
+                    match coverage(to.table, waiter.part_in(page), waiter.access) {
+                        Coverage::Forbidden(at) => {
+                            verdicts.push((interest.waiter, Answer::Denied, Some((at, waiter.access))));
+                        }
+                        _ => verdicts.push((interest.waiter, Answer::TimedOut, None)),
+                    }
+                }
+            }
+        }
+        if value != 0 && !anyone && entry.waiters.len() > 1 {
+            entry.apart = true;
+        }
+        for (id, answer, failure) in verdicts {
+            if let Some((iova, access)) = failure {
+                let message =
+                    IotlbMessage { iova, size: PAGE_SIZE, user_address: 0, access, kind: IotlbKind::AccessFail };
+                to.actions.push_back(Action::SendBackEnd { message, need_reply: false });
+            }
+            self.finish(id, answer, to.actions);
+        }
+        self.requeue(page);
+    }
+
+    /// Settles the waiters of a page that is covered now.
+    fn recheck<T: Translations>(&mut self, page: u64, to: &mut Surroundings<'_, T>) {
+        let Some(entry) = self.pages.get(&page) else { return };
+        let covered: Vec<u64> = entry
+            .waiters
+            .iter()
+            .filter_map(|i| Some((i.waiter, self.waiters.get(&i.waiter)?)))
+            .filter(|(_, w)| coverage(to.table, w.part_in(page), w.access) == Coverage::Covered)
+            .map(|(id, _)| id)
+            .collect();
+        for id in covered {
+            self.detach(id, page);
+            let Some(waiter) = self.waiters.get_mut(&id) else { continue };
+            waiter.open.remove(&page);
+            // A page that was there once counts, even if it was taken away again before the last one came: the answer
+            // says "look again". Asking again from here could name a page that the guest has unmapped since, because
+            // the worker has served what it wanted there; the worker asks for what it still needs.
+            if waiter.open.is_empty() {
+                self.finish(id, Answer::Resolved, to.actions);
+            }
+        }
+    }
+
+    fn add_waiter(&mut self, cell: Option<(WorkerId, u16, u32)>, range: IovaRange, access: Access, now_ns: u64) -> u64 {
+        let id = self.next_waiter;
+        self.next_waiter += 1;
+        let deadline_ns = now_ns.saturating_add(self.timeout_ns);
+        self.waiters.insert(id, Waiter { cell, range, access, deadline_ns, open: BTreeSet::new() });
+        id
+    }
+
+    /// Joins or creates the page misses a waiter needs.
+    fn open_pages(&mut self, id: u64, table: &impl Translations) {
+        let Some(waiter) = self.waiters.get_mut(&id) else { return };
+        let owner = waiter.owner();
+        let range = waiter.range;
+        for page in pages_of(range) {
+            if coverage(table, waiter.part_in(page), waiter.access) == Coverage::Covered || !waiter.open.insert(page) {
+                continue;
+            }
+            let interest = Interest { waiter: id, joined: self.sent, denials: 0, attempts: 0 };
+            if let Some(entry) = self.pages.get_mut(&page) {
+                entry.waiters.push(interest);
+                continue;
+            }
+            let order = self.next_order;
+            self.next_order += 1;
+            self.queues.entry(owner).or_default().insert((order, page));
+            let state = State::Queued { owner, order };
+            self.pages.insert(page, PageMiss { state, apart: false, waiters: vec![interest] });
+        }
+    }
+
+    /// Puts a page (back) into the queue of its first waiter, or drops it when there is none.
+    fn requeue(&mut self, page: u64) {
+        let Some(entry) = self.pages.get_mut(&page) else { return };
+        self.silent.remove(&page);
+        if let State::Queued { owner, order } = entry.state
+            && let Some(queue) = self.queues.get_mut(&owner)
+        {
+            queue.remove(&(order, page));
+            if queue.is_empty() {
+                self.queues.remove(&owner);
+            }
+        }
+        let Some(owner) = entry.waiters.first().and_then(|i| self.waiters.get(&i.waiter)).map(Waiter::owner) else {
+            self.pages.remove(&page);
+            return;
+        };
+        let order = self.next_order;
+        self.next_order += 1;
+        entry.state = State::Queued { owner, order };
+        self.queues.entry(owner).or_default().insert((order, page));
+    }
+
+    /// Takes a waiter off a page, and drops the page when it was the last.
+    fn detach(&mut self, id: u64, page: u64) {
+        let Some(entry) = self.pages.get_mut(&page) else { return };
+        entry.waiters.retain(|i| i.waiter != id);
+        let keeps_owner = match entry.state {
+            State::Sent { .. } => !entry.waiters.is_empty(),
+            State::Queued { owner, .. } => {
+                entry.waiters.iter().any(|i| self.waiters.get(&i.waiter).is_some_and(|waiter| waiter.owner() == owner))
+            }
+        };
+        if !keeps_owner {
+            self.requeue(page);
+        }
+    }
+
+    fn remove_waiter(&mut self, id: u64) -> Option<Waiter> {
+        let waiter = self.waiters.remove(&id)?;
+        match waiter.cell {
+            Some((worker, cell, _)) => {
+                self.by_cell.remove(&(worker, cell));
+            }
+            None => {
+                self.own.remove(&(waiter.range.first() & !PAGE_MASK));
+            }
+        }
+        for page in &waiter.open {
+            self.detach(id, *page);
+        }
+        Some(waiter)
+    }
+
+    fn forget_cell(&mut self, worker: WorkerId, cell: u16) {
+        if let Some(id) = self.by_cell.get(&(worker, cell)) {
+            self.remove_waiter(*id);
+        }
+    }
+
+    fn finish(&mut self, id: u64, answer: Answer, actions: &mut VecDeque<Action>) {
+        let Some(waiter) = self.remove_waiter(id) else { return };
+        match waiter.cell {
+            Some((worker, cell, ticket)) => {
+                actions.push_back(Action::AnswerMiss { worker, cell, ticket, answer });
+            }
+            None if answer != Answer::Resolved => {
+                tracing::debug!(range = %waiter.range, ?answer, "ring page not translated");
+            }
+            None => {}
+        }
+    }
+}

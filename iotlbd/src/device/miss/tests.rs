@@ -1,0 +1,194 @@
+//! The miss engine alone, over a table that is a map of pages.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use iotlb_proto::table::Translation;
+use iotlb_proto::worker::{Answer, MissRequest};
+use proptest::prelude::*;
+
+use super::*;
+
+#[derive(Default)]
+struct Pages(BTreeMap<u64, Access>);
+
+impl Translations for Pages {
+    fn leaf(&self, iova: u64) -> Option<Translation> {
+        let first = iova & !PAGE_MASK;
+        let access = *self.0.get(&first)?;
+        Some(Translation { first, last: first | PAGE_MASK, target: first, access })
+    }
+}
+
+fn request(ticket: u32, first: u64, len: u64, access: Access) -> MissRequest {
+    MissRequest { ticket, range: IovaRange::from_len(first, len).expect("a range"), access }
+}
+
+#[test]
+fn coverage_tells_absent_from_forbidden() {
+    let pages = Pages(BTreeMap::from([(0, Access::READ_WRITE), (4096, Access::READ)]));
+    let of = |first, len, access| coverage(&pages, IovaRange::from_len(first, len).expect("a range"), access);
+    assert_eq!(of(10, 8000, Access::READ), Coverage::Covered);
+    assert_eq!(of(10, 8000, Access::WRITE), Coverage::Forbidden(4096));
+    assert_eq!(of(10, 9000, Access::READ), Coverage::Absent(8192));
+    assert_eq!(of(u64::MAX, 1, Access::READ), Coverage::Absent(u64::MAX));
+}
+
+#[test]
+fn pages_of_a_range_reach_the_end_of_the_space() {
+    let pages = |first, len| pages_of(IovaRange::from_len(first, len).expect("a range")).collect::<Vec<_>>();
+    assert_eq!(pages(0xfff, 2), [0, 0x1000]);
+    assert_eq!(pages(u64::MAX, 1), [!0xfff]);
+}
+
+#[test]
+fn a_page_that_was_there_once_is_not_asked_for_again() {
+    let (mut pages, mut actions) = (Pages::default(), VecDeque::new());
+    let mut misses = Misses::new(400);
+    let two_pages = request(1, 0, 8192, Access::READ);
+    misses.post(WorkerId(0), 0, two_pages, 0, &mut around(&pages, &mut actions));
+    assert_eq!(actions.drain(..).count(), 2, "both pages are asked for");
+    pages.0.insert(0, Access::READ);
+    misses.appeared(IovaRange::page_of(0), &mut around(&pages, &mut actions));
+    // The worker uses the first page, the guest unmaps and flushes it; then the second page comes.
+    pages.0.clear();
+    pages.0.insert(4096, Access::READ);
+    misses.appeared(IovaRange::page_of(4096), &mut around(&pages, &mut actions));
+    let left: Vec<_> = actions.drain(..).collect();
+    assert!(matches!(left[..], [Action::AnswerMiss { answer: Answer::Resolved, .. }]), "{left:?}");
+}
+
+fn around<'a>(table: &'a Pages, actions: &'a mut VecDeque<Action>) -> Surroundings<'a, Pages> {
+    Surroundings { table, actions, replies: true }
+}
+
+/// One step of a random life.
+#[derive(Clone, Debug)]
+enum Step {
+    Post { worker: u32, cell: u16, page: u64, len: u64, access: u8 },
+    Want { page: u64 },
+    Map { page: u64, access: u8 },
+    Unmap { page: u64 },
+    Reply { value: u64 },
+    Wait { ns: u64 },
+    Gone { worker: u32 },
+    Stop,
+    Channel,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let page = 0..6u64;
+    prop_oneof![
+        6 => (0..3u32, 0..3u16, page.clone(), 1..9000u64, 1..4u8)
+            .prop_map(|(worker, cell, page, len, access)| Step::Post { worker, cell, page, len, access }),
+        1 => page.clone().prop_map(|page| Step::Want { page }),
+        3 => (page.clone(), 1..4u8).prop_map(|(page, access)| Step::Map { page, access }),
+        2 => page.prop_map(|page| Step::Unmap { page }),
+        5 => (0..2u64).prop_map(|value| Step::Reply { value }),
+        1 => (0..3_000_000u64).prop_map(|ns| Step::Wait { ns }),
+        1 => (0..3u32).prop_map(|worker| Step::Gone { worker }),
+        1 => Just(Step::Stop),
+        1 => Just(Step::Channel),
+    ]
+}
+
+/// What must hold between any two events.
+fn check(misses: &Misses) {
+    for (id, waiter) in &misses.waiters {
+        assert!(!waiter.open.is_empty(), "a waiter that waits for nothing");
+        for page in &waiter.open {
+            let interest = misses.pages[page].waiters.iter().filter(|i| i.waiter == *id).count();
+            assert_eq!(interest, 1, "page {page:#x} knows its waiter");
+        }
+    }
+    let queued: BTreeSet<u64> = misses.queues.values().flatten().map(|(_, page)| *page).collect();
+    assert_eq!(queued.len(), misses.queues.values().map(BTreeSet::len).sum::<usize>(), "a page is queued twice");
+    for (page, entry) in &misses.pages {
+        assert!(!entry.waiters.is_empty(), "a page that nobody waits for");
+        for interest in &entry.waiters {
+            assert!(misses.waiters[&interest.waiter].open.contains(page), "a waiter knows its page");
+        }
+        match entry.state {
+            State::Queued { owner, order } => assert!(misses.queues[&owner].contains(&(order, *page))),
+            State::Sent { number } => {
+                assert!(!queued.contains(page));
+                let under_way = misses.flights.iter().any(|f| f.number == number) || misses.silent.contains(page);
+                assert!(under_way, "page {page:#x} waits for a message that is not under way");
+            }
+        }
+    }
+    assert!(queued.iter().all(|page| misses.pages.contains_key(page)));
+    assert!(misses.queues.values().all(|queue| !queue.is_empty()));
+    assert!(misses.flights.len() + misses.silent.len() <= IN_FLIGHT_MAX);
+    assert_eq!(misses.by_cell.len() + misses.own.len(), misses.waiters.len());
+}
+
+proptest! {
+    #[test]
+    fn nothing_is_forgotten(steps in proptest::collection::vec(step(), 1..200), replies: bool) {
+        let mut misses = Misses::new(1);
+        let mut table = Pages::default();
+        let mut actions = VecDeque::new();
+        let mut now_ns = 0;
+        let mut ticket = 0;
+        let mut due: BTreeMap<(WorkerId, u16), u32> = BTreeMap::new();
+        for step in steps {
+            let bits = |bits| Access::from_bits(bits).expect("two bits");
+            let mut to = Surroundings { table: &table, actions: &mut actions, replies };
+            match step {
+                Step::Post { worker, cell, page, len, access } => {
+                    ticket += 1;
+                    due.insert((WorkerId(worker), cell), ticket);
+                    let request = request(ticket, page * PAGE_SIZE + 100, len, bits(access));
+                    misses.post(WorkerId(worker), cell, request, now_ns, &mut to);
+                }
+                Step::Want { page } => {
+                    let range = IovaRange::page_of(page * PAGE_SIZE);
+                    misses.want([(range, Access::READ)].into_iter(), now_ns, &mut to);
+                }
+                Step::Map { page, access } => {
+                    table.0.insert(page * PAGE_SIZE, bits(access));
+                    let mut to = Surroundings { table: &table, actions: &mut actions, replies };
+                    misses.appeared(IovaRange::page_of(page * PAGE_SIZE), &mut to);
+                }
+                Step::Unmap { page } => {
+                    table.0.remove(&(page * PAGE_SIZE));
+                }
+                Step::Reply { value } => {
+                    let expected = !misses.flights.is_empty();
+                    prop_assert_eq!(misses.reply(value, &mut to), expected);
+                }
+                Step::Wait { ns } => {
+                    now_ns += ns;
+                    misses.tick(now_ns, &mut to);
+                    prop_assert!(misses.next_deadline_ns().is_none_or(|deadline| deadline > now_ns));
+                }
+                Step::Gone { worker } => {
+                    misses.worker_gone(WorkerId(worker));
+                    due.retain(|(holder, _), _| *holder != WorkerId(worker));
+                    let mut to = Surroundings { table: &table, actions: &mut actions, replies };
+                    misses.pump(&mut to);
+                }
+                Step::Stop => misses.stop(&mut actions),
+                Step::Channel => {
+                    misses.channel_replaced();
+                    let mut to = Surroundings { table: &table, actions: &mut actions, replies };
+                    misses.pump(&mut to);
+                }
+            }
+            check(&misses);
+            for action in actions.drain(..) {
+                if let Action::AnswerMiss { worker, cell, ticket, answer } = action {
+                    prop_assert_eq!(due.remove(&(worker, cell)), Some(ticket), "answered {:?}", answer);
+                }
+            }
+            // Whoever is not answered yet is still known.
+            let asked: Vec<_> = misses.by_cell.keys().copied().collect();
+            prop_assert_eq!(due.keys().copied().collect::<Vec<_>>(), asked);
+        }
+        let mut to = Surroundings { table: &table, actions: &mut actions, replies };
+        misses.tick(u64::MAX, &mut to);
+        prop_assert_eq!((misses.waiters.len(), misses.pages.len(), misses.queues.len()), (0, 0, 0));
+        let late = actions.iter().filter(|a| matches!(a, Action::AnswerMiss { answer: Answer::TimedOut, .. })).count();
+        prop_assert_eq!(late, due.len());
+    }
+}

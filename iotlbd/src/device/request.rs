@@ -1,0 +1,442 @@
+//! The handlers of front-end requests.
+
+use std::os::fd::OwnedFd;
+
+use iotlb_proto::vhost_user::features::{protocol, virtio};
+use iotlb_proto::vhost_user::{
+    DecodeError, Header, IotlbKind, Request, RequestCode, VringAddress, VringFd, VringState,
+};
+
+use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
+use rustix::net::{AddressFamily, SocketType};
+
+use super::machine::Device;
+use super::memory::{MemoryError, REGIONS_MAX};
+use super::ring::{ADDRESS_LOG, Kick, RingError, areas, check_size, told};
+use super::session::STATUS_FEATURES_OK;
+use super::take::{Due, Job};
+use super::{Action, ReplyPayload};
+
+/// What a refused request is answered with where a reply is due.
+const REFUSED: u64 = 1;
+/// Longest configuration space the specification allows, in bytes.
+const CONFIG_MAX: usize = 256;
+
+/// Why a request is refused.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RequestError {
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error("{0} was not negotiated")]
+    NotNegotiated(&'static str),
+    #[error("feature bits {0:#x} were not offered")]
+    NotOffered(u64),
+    #[error("UPDATE of {size} bytes at {iova:#x} is empty or wraps")]
+    UpdateRange { iova: u64, size: u64 },
+    #[error("UPDATE without ACCESS_PLATFORM")]
+    NoIommu,
+    #[error("{0:?} is not for the front-end to send on the main channel")]
+    WrongDirection(IotlbKind),
+    #[error("device status {0:#x} does not fit 8 bits")]
+    Status(u64),
+    #[error("the descriptor of the back-end channel is not a connected unix stream socket")]
+    Channel,
+    #[error("{0} is not served")]
+    NotServed(&'static str),
+    #[error("request {0} is unknown")]
+    Unknown(u32),
+}
+
+/// Whether `fd` can be a back-end channel. Looked at here, so that the front-end hears of it in the reply.
+fn is_channel(fd: &OwnedFd) -> bool {
+    socket_domain(fd) == Ok(AddressFamily::UNIX)
+        && socket_type(fd) == Ok(SocketType::STREAM)
+        && socket_acceptconn(fd) == Ok(false)
+}
+
+/// What comes of a request.
+enum Outcome {
+    /// Done; acknowledge where that was asked for.
+    Ack,
+    /// Done; answer.
+    Reply(ReplyPayload),
+    /// Goes on as a job, which answers.
+    Job(Job),
+}
+
+impl Device {
+    /// The acknowledgement `header` asks for.
+    fn due(&self, header: Header) -> Due {
+        if header.needs_reply() && self.session.reply_ack() {
+            Due::Number { request: header.request, value: 0 }
+        } else {
+            Due::Nothing
+        }
+    }
+
+    /// Handles a request.
+    pub(super) fn request(&mut self, header: Header, request: Request) {
+        self.counters.requests += 1;
+        // Before the request is handled: it may be the one that negotiates acknowledgements.
+        let due = self.due(header);
+        match self.dispatch(header, request, due) {
+            Ok(Outcome::Ack) => self.acknowledge(due),
+            Ok(Outcome::Reply(payload)) => self.reply(header.request, payload),
+            Ok(Outcome::Job(job)) => self.start(job),
+            Err(error) => self.refuse(header, due, &error),
+        }
+    }
+
+    /// Handles a message whose content cannot be understood.
+    pub(super) fn bad_request(&mut self, header: Header, error: &DecodeError) {
+        let due = self.due(header);
+        self.refuse(header, due, error);
+    }
+
+    fn acknowledge(&mut self, due: Due) {
+        if let Due::Number { request, value } = due {
+            self.reply(request, ReplyPayload::U64(value));
+        }
+    }
+
+    fn reply(&mut self, request: u32, payload: ReplyPayload) {
+        self.actions.push_back(Action::Reply { request, payload });
+    }
+
+    /// Says no. Requests that are always answered are answered with what says least.
+    fn refuse(&mut self, header: Header, due: Due, error: &dyn std::error::Error) {
+        self.counters.refused += 1;
+        if self.may_complain() {
+            tracing::warn!(request = header.request, %error, "request refused");
+        }
+        const FEATURES: u32 = RequestCode::GetFeatures as u32;
+        const PROTOCOL_FEATURES: u32 = RequestCode::GetProtocolFeatures as u32;
+        const QUEUE_NUM: u32 = RequestCode::GetQueueNum as u32;
+        const MEM_SLOTS: u32 = RequestCode::GetMaxMemSlots as u32;
+        const STATUS: u32 = RequestCode::GetStatus as u32;
+        const VRING_BASE: u32 = RequestCode::GetVringBase as u32;
+        const CONFIG: u32 = RequestCode::GetConfig as u32;
+        const INFLIGHT: u32 = RequestCode::GetInflightFd as u32;
+        let payload = match header.request {
+            FEATURES | PROTOCOL_FEATURES | QUEUE_NUM | MEM_SLOTS | STATUS => ReplyPayload::U64(0),
+            VRING_BASE => ReplyPayload::VringState { index: 0, num: 0 },
+            CONFIG | INFLIGHT => ReplyPayload::Bytes(Vec::new()),
+            _ => match due {
+                Due::Nothing => return,
+                _ => ReplyPayload::U64(REFUSED),
+            },
+        };
+        self.reply(header.request, payload);
+    }
+
+    fn dispatch(&mut self, header: Header, request: Request, due: Due) -> Result<Outcome, RequestError> {
+        let number = |value| Ok(Outcome::Reply(ReplyPayload::U64(value)));
+        match request {
+            Request::GetFeatures => number(self.config.features),
+            Request::SetFeatures(features) => Ok(self.set_features(features, due)),
+            Request::GetProtocolFeatures => number(self.config.protocol_features),
+            Request::SetProtocolFeatures(features) => {
+                self.session.protocol = features & self.config.protocol_features;
+                match features & !self.config.protocol_features {
+                    0 => Ok(Outcome::Ack),
+                    extra => Err(RequestError::NotOffered(extra)),
+                }
+            }
+            Request::GetQueueNum => number(u64::from(self.config.queue_num)),
+            // Front-ends say it once a connection, and there is nobody else a device could belong to.
+            Request::SetOwner => Ok(Outcome::Ack),
+            Request::SetBackendReqFd(fd) => {
+                self.needs(protocol::BACKEND_REQ, "BACKEND_REQ")?;
+                if !is_channel(&fd) {
+                    return Err(RequestError::Channel);
+                }
+                self.session.channel = true;
+                self.misses.channel_replaced();
+                self.actions.push_back(Action::UseBackEndChannel(Some(fd)));
+                Ok(Outcome::Job(Job { ask_rings: true, ..Job::give(due) }))
+            }
+
+            Request::SetMemTable(table) => {
+                let plan = self.memory.plan_table(table)?;
+                self.clear_table();
+                if !plan.is_empty() {
+                    self.table.note_taken();
+                }
+                let identity = self.wants_identity();
+                Ok(Outcome::Job(Job { memory: Some(plan), identity, ask_rings: true, ..Job::take(due) }))
+            }
+            Request::GetMaxMemSlots => number(u64::try_from(REGIONS_MAX).unwrap_or(u64::MAX)),
+            Request::AddMemReg(description, fd) => {
+                self.needs(protocol::CONFIGURE_MEM_SLOTS, "CONFIGURE_MEM_SLOTS")?;
+                let plan = self.memory.plan_add(&description, fd)?;
+                let identity = self.wants_identity();
+                Ok(Outcome::Job(Job { memory: Some(plan), identity, ask_rings: true, ..Job::give(due) }))
+            }
+            Request::RemMemReg(description) => {
+                self.needs(protocol::CONFIGURE_MEM_SLOTS, "CONFIGURE_MEM_SLOTS")?;
+                let (plan, region) = self.memory.plan_remove(&description)?;
+                // Entries are found by where they point, which is the region, whatever their IOVA is.
+                let (first, last) = region.arena();
+                self.table.remove_targets(first, last);
+                self.table.note_taken();
+                Ok(Outcome::Job(Job { memory: Some(plan), ask_rings: true, ..Job::take(due) }))
+            }
+
+            Request::SetVringNum(state) => self.set_vring_num(state, due),
+            Request::SetVringAddr(address) => self.set_vring_addr(address, due),
+            Request::SetVringBase(state) => self.set_vring_base(state),
+            Request::GetVringBase { index } => self.get_vring_base(header, index),
+            Request::SetVringKick(kick) => {
+                let index = self.ring(u32::from(kick.index))?;
+                if let Some(ring) = self.rings.get_mut(index) {
+                    ring.kick = kick.fd.map_or(Kick::Polled, Kick::Fd);
+                }
+                let queue = u16::from(kick.index);
+                self.actions.push_back(Action::QueueDescriptors { queue, call_changed: false });
+                self.start_ring(index, due)
+            }
+            Request::SetVringCall(VringFd { index, fd }) => {
+                let at = self.ring(u32::from(index))?;
+                if let Some(ring) = self.rings.get_mut(at) {
+                    ring.call = fd;
+                }
+                // No reply is due, so the old descriptor may have been signalled after the front-end looked at it last:
+                // the worker signals the new one once.
+                self.actions.push_back(Action::QueueDescriptors { queue: u16::from(index), call_changed: true });
+                Ok(Outcome::Ack)
+            }
+            Request::SetVringErr(VringFd { index, fd }) => {
+                let at = self.ring(u32::from(index))?;
+                if let Some(ring) = self.rings.get_mut(at) {
+                    ring.err = fd;
+                }
+                self.actions.push_back(Action::QueueDescriptors { queue: u16::from(index), call_changed: false });
+                Ok(Outcome::Ack)
+            }
+            Request::SetVringEnable(state) => {
+                let index = self.ring(state.index)?;
+                let enable = match state.num {
+                    0 => false,
+                    1 => true,
+                    other => return Err(RingError::Enable(other).into()),
+                };
+                // Front-ends say it before they negotiate features and before the ring exists.
+                if let Some(ring) = self.rings.get_mut(index) {
+                    ring.enable = Some(enable);
+                }
+                self.publish_ring(index);
+                Ok(Outcome::Ack)
+            }
+
+            Request::Iotlb(message) => self.iotlb(&message, due).map(Outcome::Job),
+
+            Request::ResetOwner => Ok(self.reset_device(due)),
+            Request::ResetDevice => {
+                self.needs(protocol::RESET_DEVICE, "RESET_DEVICE")?;
+                Ok(self.reset_device(due))
+            }
+            Request::SetStatus(status) => {
+                self.needs(protocol::STATUS, "STATUS")?;
+                let mut status = u8::try_from(status).map_err(|_| RequestError::Status(status))?;
+                if status == 0 {
+                    // Rings keep what SET_VRING_ENABLE said: that is the front-end's word, not the driver's.
+                    self.stop_everything();
+                    return Ok(Outcome::Job(Job::take(due)));
+                }
+                if self.session.acked_too_much {
+                    status &= !STATUS_FEATURES_OK;
+                }
+                self.session.status = status;
+                Ok(Outcome::Ack)
+            }
+            Request::GetStatus => number(u64::from(self.session.status)),
+
+            Request::SetLogBase { .. } => {
+                self.needs(protocol::LOG_SHMFD, "LOG_SHMFD")?;
+                self.table.note_taken();
+                // Answered in any case, with a header alone unless an acknowledgement was asked for.
+                let due = match due {
+                    Due::Nothing => Due::Empty { request: header.request },
+                    due => due,
+                };
+                Ok(Outcome::Job(Job::take(due)))
+            }
+            Request::SetLogFd(_) => Ok(Outcome::Ack),
+
+            Request::GetConfig { offset, size, flags } => Ok(Outcome::Reply(self.config_bytes(offset, size, flags))),
+            Request::SetConfig { .. } => Err(RequestError::NotServed("SET_CONFIG")),
+            Request::GetInflightFd { queues, queue_size } => {
+                // A region of size 0: there is none.
+                let mut bytes = vec![0; 24];
+                for (at, byte) in (16..).zip(queues.to_ne_bytes().into_iter().chain(queue_size.to_ne_bytes())) {
+                    if let Some(slot) = bytes.get_mut(at) {
+                        *slot = byte;
+                    }
+                }
+                Ok(Outcome::Reply(ReplyPayload::Bytes(bytes)))
+            }
+            Request::SetInflightFd { .. } => {
+                self.needs(protocol::INFLIGHT_SHMFD, "INFLIGHT_SHMFD")?;
+                Ok(Outcome::Ack)
+            }
+            Request::SendRarp => Err(RequestError::NotServed("SEND_RARP")),
+            Request::NetSetMtu(_) => Err(RequestError::NotServed("NET_SET_MTU")),
+            Request::Unknown(number) => Err(RequestError::Unknown(number)),
+        }
+    }
+
+    fn needs(&self, feature: u64, name: &'static str) -> Result<(), RequestError> {
+        if self.session.has(feature) { Ok(()) } else { Err(RequestError::NotNegotiated(name)) }
+    }
+
+    fn ring(&self, index: u32) -> Result<usize, RequestError> {
+        match usize::try_from(index) {
+            Ok(at) if at < self.rings.len() => Ok(at),
+            _ => Err(RingError::NoSuchRing(index).into()),
+        }
+    }
+
+    /// Whether guest memory is to be published as it is: there is no IOMMU, and the driver (or a ring) is there.
+    fn wants_identity(&self) -> bool {
+        !self.session.iommu() && (self.session.acked.is_some() || self.is_running())
+    }
+
+    fn set_features(&mut self, features: u64, due: Due) -> Outcome {
+        let offered = self.config.features;
+        let acked = features & offered;
+        let before = self.session.features();
+        let had_iommu = self.session.iommu();
+        self.session.acked = Some(acked);
+        self.session.acked_too_much = features != acked;
+        self.table.set_acked_features(acked);
+        let mut due = due;
+        if features != acked {
+            self.counters.refused += 1;
+            if self.may_complain() {
+                let bits = features & !offered;
+                tracing::warn!(bits = format_args!("{bits:#x}"), "SET_FEATURES names bits that were not offered");
+            }
+            if let Due::Number { value, .. } = &mut due {
+                *value = REFUSED;
+            }
+        }
+        if (before ^ acked) & virtio::LOG_ALL != 0 {
+            self.table.note_taken();
+        }
+        let mode_changed = had_iommu != self.session.iommu();
+        if mode_changed {
+            self.clear_table();
+            self.refresh_rings();
+        }
+        for index in 0..self.rings.len() {
+            self.publish_ring(index);
+        }
+        // Several queue pairs repeat the same features: then nothing was unlinked and nothing is to be published.
+        let identity = self.wants_identity() && !self.identity;
+        Outcome::Job(Job { identity, ask_rings: mode_changed, ..Job::take(due) })
+    }
+
+    fn set_vring_num(&mut self, state: VringState, due: Due) -> Result<Outcome, RequestError> {
+        let index = self.ring(state.index)?;
+        let size = check_size(state.num)?;
+        if let Some(ring) = self.rings.get_mut(index) {
+            if ring.started.is_some() && ring.size != size {
+                return Err(RingError::Running(state.index).into());
+            }
+            ring.size = size;
+        }
+        self.start_ring(index, due)
+    }
+
+    fn set_vring_base(&mut self, state: VringState) -> Result<Outcome, RequestError> {
+        let index = self.ring(state.index)?;
+        let base = u16::try_from(state.num).map_err(|_| RingError::Base { index: state.index, base: state.num })?;
+        if let Some(ring) = self.rings.get_mut(index) {
+            if ring.started.is_some() && ring.base != base {
+                return Err(RingError::Running(state.index).into());
+            }
+            ring.base = base;
+        }
+        Ok(Outcome::Ack)
+    }
+
+    fn set_vring_addr(&mut self, address: VringAddress, due: Due) -> Result<Outcome, RequestError> {
+        let index = self.ring(address.index)?;
+        let Some(ring) = self.rings.get_mut(index) else { return Ok(Outcome::Ack) };
+        areas(told(&address), ring.size.max(1))?;
+        let logs = |flags: u32| flags & ADDRESS_LOG != 0;
+        let log_changed = logs(ring.address.map_or(0, |old| old.flags)) != logs(address.flags);
+        match ring.started {
+            None => {
+                ring.address = Some(address);
+                ring.used_index = None;
+                if log_changed {
+                    self.table.note_taken();
+                }
+                self.start_ring(index, due)
+            }
+            // Switching the log names the same addresses again.
+            Some(_) if ring.address.map(|old| told(&old)) == Some(told(&address)) => {
+                ring.address = Some(address);
+                if log_changed {
+                    self.table.note_taken();
+                }
+                Ok(Outcome::Job(Job::take(due)))
+            }
+            Some(_) => Err(RingError::Running(address.index).into()),
+        }
+    }
+
+    /// Starts a ring if it is complete, and asks for its pages.
+    fn start_ring(&mut self, index: usize, due: Due) -> Result<Outcome, RequestError> {
+        if !self.try_start(index)? {
+            return Ok(Outcome::Job(Job::take(due)));
+        }
+        let identity = self.wants_identity() && !self.identity;
+        Ok(Outcome::Job(Job { identity, ask_rings: true, ..Job::take(due) }))
+    }
+
+    fn get_vring_base(&mut self, header: Header, index: u32) -> Result<Outcome, RequestError> {
+        let at = self.ring(index)?;
+        let ring = u16::try_from(index).map_err(|_| RingError::NoSuchRing(index))?;
+        if self.stop_ring(at) && !self.is_running() {
+            // Front-ends send no invalidations for a stopped device, so nothing it translated may outlive the last
+            // ring.
+            if self.session.iommu() {
+                self.clear_table();
+            }
+            self.misses.stop(&mut self.actions);
+        }
+        Ok(Outcome::Job(Job::take(Due::VringBase { request: header.request, ring })))
+    }
+
+    fn reset_device(&mut self, due: Due) -> Outcome {
+        self.stop_everything();
+        for ring in &mut self.rings {
+            ring.enable = None;
+        }
+        Outcome::Job(Job::take(due))
+    }
+
+    fn config_bytes(&self, offset: u32, size: u32, flags: u32) -> ReplyPayload {
+        let range = usize::try_from(offset).ok().zip(usize::try_from(size).ok());
+        let data = range
+            .filter(|&(_, len)| len <= CONFIG_MAX)
+            .and_then(|(from, len)| self.config.config_space.get(from..from.checked_add(len)?))
+            .filter(|data| !data.is_empty());
+        match data {
+            Some(data) => {
+                let mut bytes = Vec::with_capacity(12 + data.len());
+                for word in [offset, size, flags] {
+                    bytes.extend_from_slice(&word.to_ne_bytes());
+                }
+                bytes.extend_from_slice(data);
+                ReplyPayload::Bytes(bytes)
+            }
+            // A header alone says that it failed.
+            None => ReplyPayload::Bytes(Vec::new()),
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! What one front-end negotiated.
+
+use iotlb_proto::vhost_user::features::{protocol, virtio};
+
+/// `FEATURES_OK` of the device status (virtio specification, 2.1).
+pub(super) const STATUS_FEATURES_OK: u8 = 8;
+
+/// One connection of a front-end, from connect to close.
+#[derive(Debug, Default)]
+pub(super) struct Session {
+    /// Whether there is a front-end.
+    pub(super) connected: bool,
+    /// Virtio features as acknowledged; `None` before SET_FEATURES and after a reset.
+    pub(super) acked: Option<u64>,
+    /// The last SET_FEATURES named bits that were not offered.
+    pub(super) acked_too_much: bool,
+    /// Protocol features as acknowledged.
+    pub(super) protocol: u64,
+    /// Device status (virtio specification, 2.1).
+    pub(super) status: u8,
+    /// Whether a back-end channel exists.
+    pub(super) channel: bool,
+}
+
+impl Session {
+    /// Whether addresses are IOVAs, translated by what the front-end sends.
+    pub(super) fn iommu(&self) -> bool {
+        self.features() & virtio::ACCESS_PLATFORM != 0
+    }
+
+    /// Acknowledged virtio features, 0 before there are any.
+    pub(super) fn features(&self) -> u64 {
+        self.acked.unwrap_or(0)
+    }
+
+    /// Whether every bit of `feature` (a protocol feature) was acknowledged.
+    pub(super) fn has(&self, feature: u64) -> bool {
+        self.protocol & feature == feature
+    }
+
+    /// Whether NEED_REPLY counts.
+    pub(super) fn reply_ack(&self) -> bool {
+        self.has(protocol::REPLY_ACK)
+    }
+
+    /// Whether rings wait for SET_VRING_ENABLE; without PROTOCOL_FEATURES they start enabled.
+    pub(super) fn rings_start_disabled(&self) -> bool {
+        self.features() & virtio::PROTOCOL_FEATURES != 0
+    }
+
+    /// Back to before SET_FEATURES. What the two ends of the connection agreed on (protocol features) stays.
+    pub(super) fn reset(&mut self) {
+        self.acked = None;
+        self.acked_too_much = false;
+        self.status = 0;
+    }
+}

@@ -1,0 +1,245 @@
+//! Connections on the control socket: from accept to HELLO, and what HELLO must say.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use iotlb_proto::control::message::{CONTROL_VERSION, HELLO_MAGIC, NAME_MAX, clip_reason};
+use iotlb_proto::control::{DaemonMessage, Hello, Refusal, Welcome, WorkerMessage};
+use iotlb_proto::layout::worker::SEGMENT_SIZE;
+use iotlb_proto::layout::{LAYOUT_HASH, LAYOUT_VERSION};
+use iotlb_proto::liveness::WORD_OFFSET;
+use iotlb_proto::socket::PacketSocket;
+use iotlb_proto::worker::WorkerSegment;
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, accept_with};
+use tracing::{debug, info, warn};
+
+use super::alarm::now_ns;
+use super::event_loop::EventLoop;
+use super::link::{self, Link, LinkError, Outgoing};
+use super::poller::Token;
+use super::process::{self, Process};
+use super::worker::Worker;
+
+/// Connections that have not said HELLO yet. More wait in the kernel's queue.
+const ARRIVALS_MAX: usize = 16;
+/// Time to say HELLO.
+const HELLO_TIMEOUT_NS: u64 = 2_000_000_000;
+/// The same when all places are taken: HELLO comes with the connection, and others may wait behind silent ones.
+const HELLO_HURRY_NS: u64 = 50_000_000;
+/// Pause after an accept that failed for want of descriptors or memory: the connection waits, and so would the loop
+/// spin.
+const ACCEPT_PAUSE_NS: u64 = 100_000_000;
+
+/// A connection that has not said HELLO yet.
+#[derive(Debug)]
+pub(crate) struct Arrival {
+    socket: PacketSocket,
+    /// The process behind it, asked for at once: later its number may be another's.
+    peer: Option<OwnedFd>,
+    since_ns: u64,
+}
+
+/// A connection that is not taken as a worker's.
+struct Refused {
+    refusal: Refusal,
+    /// For the log.
+    why: String,
+    socket: PacketSocket,
+}
+
+impl AsFd for Arrival {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl EventLoop {
+    /// Accepts all that wait, as far as there is room.
+    pub(super) fn accept_workers(&mut self) {
+        if self.stopping {
+            return;
+        }
+        while self.arrivals.len() < ARRIVALS_MAX {
+            match accept_with(&self.control, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                Ok(fd) => self.arrived(fd),
+                Err(Errno::AGAIN) => return,
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(error) => {
+                    warn!("a worker cannot be accepted now: {error}");
+                    self.pause_accept();
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Tries to accept again a little later: the listener reports only what is new.
+    pub(super) fn pause_accept(&mut self) {
+        self.accept_again_ns = Some(now_ns().saturating_add(ACCEPT_PAUSE_NS));
+    }
+
+    pub(super) fn accept_after_pause(&mut self, now_ns: u64) {
+        if self.accept_again_ns.is_some_and(|due| due <= now_ns) {
+            self.accept_again_ns = None;
+            self.accept_workers();
+            if self.front_end.is_none() {
+                self.front_end_waits();
+            }
+        }
+    }
+
+    fn arrived(&mut self, fd: OwnedFd) {
+        let peer = match process::peer(&fd) {
+            Ok(peer) => peer,
+            Err(error) => {
+                debug!("a connection was closed at once: {error}");
+                return;
+            }
+        };
+        let socket = match PacketSocket::from_fd(fd) {
+            Ok(socket) => socket,
+            Err(error) => {
+                warn!("a connection on the control socket is of the wrong kind: {error}");
+                return;
+            }
+        };
+        let id = self.next_arrival;
+        self.next_arrival = self.next_arrival.wrapping_add(1);
+        if let Err(error) = self.poller.watch(&socket, Token::Arrival(id)) {
+            warn!("a connection cannot be watched: {error}");
+            return;
+        }
+        self.arrivals.insert(id, Arrival { socket, peer, since_ns: now_ns() });
+    }
+
+    /// When the connection that came first has taken too long to say HELLO.
+    pub(super) fn arrivals_deadline_ns(&self) -> Option<u64> {
+        let allowed_ns = if self.arrivals.len() < ARRIVALS_MAX { HELLO_TIMEOUT_NS } else { HELLO_HURRY_NS };
+        self.arrivals.values().map(|arrival| arrival.since_ns.saturating_add(allowed_ns)).min()
+    }
+
+    /// Closes the connections that took too long to say HELLO.
+    pub(super) fn expire_arrivals(&mut self, now_ns: u64) {
+        while self.arrivals_deadline_ns().is_some_and(|due| due <= now_ns) {
+            let oldest = self.arrivals.iter().min_by_key(|(_, arrival)| arrival.since_ns).map(|(id, _)| *id);
+            let Some(id) = oldest else { return };
+            if self.refusals.take(now_ns) {
+                info!("a connection on the control socket did not say HELLO in time and was closed");
+            }
+            self.drop_arrival(id);
+        }
+    }
+
+    fn drop_arrival(&mut self, id: u32) -> Option<Arrival> {
+        let arrival = self.arrivals.remove(&id)?;
+        self.poller.forget(&arrival);
+        // There is room again for one that waits.
+        self.accept_again_ns = Some(now_ns());
+        Some(arrival)
+    }
+
+    pub(super) fn arrival_ready(&mut self, id: u32) {
+        let Some(arrival) = self.arrivals.get(&id) else { return };
+        let received = link::receive(&arrival.socket);
+        if matches!(received, Ok(None)) {
+            return;
+        }
+        let Some(arrival) = self.drop_arrival(id) else { return };
+        let Refused { refusal, why, socket } = match received {
+            Ok(Some((WorkerMessage::Hello(hello), fds))) => match self.attach(hello, fds, arrival) {
+                Ok(()) => return,
+                Err(refused) => refused,
+            },
+            Ok(Some(_)) => Refused {
+                refusal: Refusal::NotAWorker,
+                why: String::from("no HELLO came first"),
+                socket: arrival.socket,
+            },
+            Ok(None) | Err(LinkError::Closed) => return,
+            Err(error) => Refused { refusal: Refusal::NotAWorker, why: error.to_string(), socket: arrival.socket },
+        };
+        if self.refusals.take(now_ns()) {
+            warn!("a worker was refused: {refusal:?}: {why}");
+        }
+        link::send_once(&socket, &DaemonMessage::Refused(refusal));
+    }
+
+    fn attach(&mut self, hello: Hello, fds: Vec<OwnedFd>, arrival: Arrival) -> Result<(), Refused> {
+        let Arrival { socket, peer, .. } = arrival;
+        if let Err(refusal) = self.check_hello(&hello) {
+            let why = format!("label {:?}", hello.label);
+            return Err(Refused { refusal, why, socket });
+        }
+        let mut fds = fds.into_iter();
+        let process = match Process::verified(peer, fds.next(), socket.as_fd()) {
+            Ok(process) if fds.next().is_none() => process,
+            Ok(_) => {
+                let why = String::from("more than one descriptor came with HELLO");
+                return Err(Refused { refusal: Refusal::NotAWorker, why, socket });
+            }
+            Err(error) => return Err(Refused { refusal: Refusal::Pidfd, why: error.to_string(), socket }),
+        };
+        let incarnation = self.registry.next_incarnation();
+        let made = WorkerSegment::create(incarnation)
+            .map_err(|error| error.to_string())
+            .and_then(|segment| EventLoop::new_doorbell().map(|bell| (segment, bell)).map_err(|e| e.to_string()));
+        let ((segment, segment_fd), doorbell) = match made {
+            Ok(made) => made,
+            Err(why) => return Err(Refused { refusal: Refusal::Exhausted { reason: clip_reason(&why) }, why, socket }),
+        };
+        let id = self.registry.next_id();
+        let watched = self
+            .poller
+            .watch(&doorbell, Token::Doorbell(id.0))
+            .and_then(|()| self.poller.watch(&process, Token::Process(id.0)))
+            .and_then(|()| self.poller.watch_both(&socket, Token::Control(id.0)));
+        if let Err(error) = watched {
+            self.poller.forget(&doorbell);
+            self.poller.forget(&process);
+            let why = error.to_string();
+            return Err(Refused { refusal: Refusal::Exhausted { reason: clip_reason(&why) }, why, socket });
+        }
+        info!(worker = id.0, label = ?hello.label, workers = self.registry.len() + 1, "attached");
+        let doorbell = Arc::new(doorbell);
+        let bell = Arc::clone(&doorbell);
+        // From here on its slots count, and only then does it get what it can pin with.
+        self.registry.insert(Worker::new(id, hello.label, process, segment, doorbell, Link::new(socket)));
+        let facts = &self.facts;
+        let welcome = Welcome {
+            worker: id.0,
+            incarnation,
+            device: facts.device_name.clone(),
+            table_size: facts.table_size,
+            segment_size: SEGMENT_SIZE as u64,
+            liveness_offset: WORD_OFFSET,
+            arena_size: facts.arena_size,
+            miss_timeout_ms: facts.miss_timeout_ms,
+            queues: facts.queues,
+        };
+        let descriptors = vec![Arc::clone(&facts.table), Arc::new(segment_fd), Arc::clone(&facts.liveness), bell];
+        self.push(id, Outgoing::Message(DaemonMessage::Welcome(welcome), descriptors));
+        self.tell_memory(id);
+        self.flush(id);
+        Ok(())
+    }
+
+    fn check_hello(&self, hello: &Hello) -> Result<(), Refusal> {
+        if hello.magic != HELLO_MAGIC || hello.device.len() > NAME_MAX || hello.label.len() > NAME_MAX {
+            return Err(Refusal::NotAWorker);
+        }
+        if hello.control_version != CONTROL_VERSION {
+            return Err(Refusal::Control { version: CONTROL_VERSION });
+        }
+        if hello.layout_version != LAYOUT_VERSION || hello.layout_hash != LAYOUT_HASH {
+            return Err(Refusal::Layout { version: LAYOUT_VERSION, hash: LAYOUT_HASH });
+        }
+        if !hello.device.is_empty() && hello.device != self.facts.device_name {
+            return Err(Refusal::NoSuchDevice);
+        }
+        if self.registry.is_full() {
+            return Err(Refusal::Full);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,401 @@
+//! The loop: one thread that owns the device, its front-end and its workers.
+//!
+//! A round: carry out what the device wants until it wants nothing, look whether readers let a grace period pass,
+//! read the front-end's next requests, harvest misses, then poll for a while ([`Pace`]), or sleep until a descriptor or
+//! the timer says otherwise.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use iotlb_proto::liveness::LivenessOwner;
+use iotlb_proto::table::{TableConfig, TableWriter};
+use iotlb_proto::vhost_user::Request;
+use tracing::{debug, error, info};
+
+use super::alarm::{Alarm, now_ns};
+use super::arrivals::Arrival;
+use super::back_end::BackEnd;
+use super::config::{ServerConfig, StallPolicy};
+use super::eventfd::Signaller;
+use super::front_end::{FrontEnd, FrontEndDoor, Incoming};
+use super::grace::{GraceWait, Pause};
+use super::leases::Leases;
+use super::pace::{Idle, Pace};
+use super::poller::{Poller, Ready, Token};
+use super::registry::Registry;
+use super::{ControlListener, ServerError};
+use crate::device::{Device, DeviceConfig, Event, WorkerId};
+use crate::log_budget::LogBudget;
+
+/// Front-end requests taken in one round, so that misses and clocks are looked at while a front-end talks on and on.
+const REQUESTS_PER_ROUND: usize = 32;
+
+/// Everything the server owns.
+#[derive(Debug)]
+pub(crate) struct EventLoop {
+    pub(super) poller: Poller,
+    pub(super) alarm: Alarm,
+    pub(super) stop: OwnedFd,
+    pub(super) device: Device,
+    pub(super) facts: Facts,
+    pub(super) door: FrontEndDoor,
+    pub(super) front_end: Option<FrontEnd>,
+    pub(super) back_end: Option<BackEnd>,
+    pub(super) control: ControlListener,
+    /// After a failed accept: when to try again.
+    pub(super) accept_again_ns: Option<u64>,
+    /// When to send again what the kernel would not take.
+    pub(super) flush_again_ns: Option<u64>,
+    pub(super) arrivals: BTreeMap<u32, Arrival>,
+    pub(super) next_arrival: u32,
+    pub(super) registry: Registry,
+    pub(super) leases: Leases,
+    pub(super) grace: GraceWait,
+    pub(super) signaller: Signaller,
+    /// What is logged about a ring's errors is bounded.
+    pub(super) queue_errors: LogBudget,
+    /// The same for refused workers.
+    pub(super) refusals: LogBudget,
+    pub(super) stopping: bool,
+    pub(super) done: bool,
+    /// More is to be done than this round did: do not sleep.
+    pub(super) busy: bool,
+    /// This round had something to do.
+    pub(super) worked: bool,
+    pub(super) pace: Pace,
+    /// Workers were asked to ring.
+    doorbell_wanted: bool,
+    /// Last: when it goes, workers take the daemon for dead.
+    _liveness: LivenessOwner,
+}
+
+/// What does not change while a server lives.
+#[derive(Debug)]
+pub(crate) struct Facts {
+    pub(crate) device_name: String,
+    pub(crate) stall: StallPolicy,
+    pub(crate) queues: u16,
+    pub(crate) arena_size: u64,
+    pub(crate) table_size: u64,
+    pub(crate) miss_timeout_ms: u32,
+    pub(crate) table: Arc<OwnedFd>,
+    pub(crate) liveness: Arc<OwnedFd>,
+}
+
+fn loop_error(step: &'static str) -> impl FnOnce(io::Error) -> ServerError {
+    move |source| ServerError::Loop { step, source }
+}
+
+impl EventLoop {
+    pub(crate) fn new(
+        config: ServerConfig,
+        door: FrontEndDoor,
+        control: ControlListener,
+        stop: OwnedFd,
+        cpus: usize,
+    ) -> Result<EventLoop, ServerError> {
+        super::inherit::prepare(&stop).map_err(loop_error("use the stop descriptor"))?;
+        let (owner, liveness) = LivenessOwner::create()?;
+        let mut registry = Registry::new(config.max_workers);
+        let table_config = TableConfig { size: config.table_size, generation: registry.next_incarnation() };
+        let (table, table_fd) = TableWriter::create(&table_config)?;
+        // The table takes whole nodes only: it may be a little smaller than was allowed.
+        let table_size = rustix::fs::fstat(&table_fd).map_err(|e| loop_error("look at the table")(e.into()))?.st_size;
+        let device_config = device_config(&config);
+        let facts = Facts {
+            device_name: config.device_name,
+            stall: config.stall,
+            queues: device_config.queues,
+            arena_size: device_config.arena_size,
+            table_size: u64::try_from(table_size).unwrap_or(0),
+            miss_timeout_ms: config.miss_timeout_ms,
+            table: Arc::new(table_fd),
+            liveness: Arc::new(liveness),
+        };
+        let pace = Pace::new(config.busy_poll, cpus);
+        let leases = Leases::new(facts.queues);
+        let poller = Poller::new().map_err(loop_error("make an epoll set"))?;
+        let alarm = Alarm::new().map_err(loop_error("make a timer"))?;
+        poller.watch(&alarm, Token::Alarm).map_err(loop_error("watch the timer"))?;
+        poller.watch(&stop, Token::Stop).map_err(loop_error("watch for the end"))?;
+        poller.watch(&control, Token::ControlListener).map_err(loop_error("watch the control socket"))?;
+        if let Some(listener) = door.listener() {
+            poller.watch(listener, Token::FrontEndListener).map_err(loop_error("watch the front-end socket"))?;
+        }
+        Ok(EventLoop {
+            poller,
+            alarm,
+            stop,
+            device: Device::new(device_config, table),
+            facts,
+            door,
+            front_end: None,
+            back_end: None,
+            control,
+            accept_again_ns: None,
+            flush_again_ns: None,
+            arrivals: BTreeMap::new(),
+            next_arrival: 0,
+            registry,
+            leases,
+            grace: GraceWait::default(),
+            signaller: Signaller::default(),
+            queue_errors: LogBudget::default(),
+            refusals: LogBudget::default(),
+            stopping: false,
+            done: false,
+            busy: false,
+            worked: false,
+            pace,
+            doorbell_wanted: false,
+            _liveness: owner,
+        })
+    }
+
+    pub(crate) fn run(&mut self) -> Result<(), ServerError> {
+        if let FrontEndDoor::Once(connection) = &mut self.door {
+            match connection.take() {
+                Some(fd) => self.front_end_connected(fd),
+                None => debug!("no front-end will come"),
+            }
+        }
+        let mut ready = Vec::new();
+        loop {
+            self.busy = false;
+            let now = now_ns();
+            if self.device.next_deadline_ns().is_some_and(|due| due <= now) {
+                self.device.handle(Event::Tick, now);
+            }
+            self.expire_arrivals(now);
+            self.accept_after_pause(now);
+            self.flush_after_pause(now);
+            self.harvest(now);
+            self.settle();
+            if self.done {
+                return Ok(());
+            }
+            if std::mem::take(&mut self.worked) {
+                self.pace.worked(now);
+            }
+            self.wait(&mut ready)?;
+            for &event in &ready {
+                self.dispatch(event)?;
+            }
+        }
+    }
+
+    /// Waits for what is to be done next: polls or sleeps.
+    fn wait(&mut self, ready: &mut Vec<Ready>) -> Result<(), ServerError> {
+        self.watch_room();
+        let idle = if self.busy { Idle::PollAll } else { self.pace.idle(now_ns()) };
+        match idle {
+            Idle::Poll | Idle::PollAll => {
+                if !self.busy {
+                    // Whoever the loop waits for may wait for this processor.
+                    let before = now_ns();
+                    std::thread::yield_now();
+                    self.pace.yielded(now_ns().saturating_sub(before));
+                }
+                if let Some(front_end) = &mut self.front_end {
+                    front_end.look();
+                }
+                ready.clear();
+                if idle == Idle::PollAll {
+                    self.poller.wait(false, ready).map_err(loop_error("wait"))?;
+                }
+            }
+            Idle::Sleep => {
+                let sleep = self.prepare_sleep()?;
+                self.poller.wait(sleep, ready).map_err(loop_error("wait"))?;
+            }
+        }
+        if std::mem::take(&mut self.doorbell_wanted) {
+            self.device.table().set_doorbell_wanted(false);
+        }
+        Ok(())
+    }
+
+    /// Has room for output reported where something waits for it, and only there.
+    fn watch_room(&mut self) {
+        let EventLoop { poller, front_end, back_end, .. } = self;
+        if let Some(front_end) = front_end
+            && let Some(room) = front_end.room_matters()
+            && let Err(error) = poller.rearm(&*front_end, Token::FrontEnd, room)
+        {
+            front_end.lose(format!("it cannot be watched: {error}"));
+            self.busy = true;
+        }
+        let Some(back_end) = back_end else { return };
+        let Some(room) = back_end.room_matters() else { return };
+        if let Err(error) = poller.rearm(&*back_end, Token::BackEnd, room) {
+            self.back_end_lost(&error.to_string());
+            self.busy = true;
+        }
+    }
+
+    /// Says that the loop may sleep, if it may: then nothing was posted that no doorbell will be rung for.
+    fn prepare_sleep(&mut self) -> Result<bool, ServerError> {
+        self.device.table().set_doorbell_wanted(true);
+        self.doorbell_wanted = true;
+        // Partner of the fence inside: that in `WorkerSegment::mark_posted`. A worker that did not see the wish had
+        // posted before, and is seen here.
+        if self.registry.iter_mut().any(|worker| worker.segment.has_posted()) {
+            return Ok(false);
+        }
+        let deadline = [
+            self.device.next_deadline_ns(),
+            self.grace.deadline_ns(),
+            self.registry.stall_deadline_ns(&self.facts.stall),
+            self.arrivals_deadline_ns(),
+            self.accept_again_ns,
+            self.flush_again_ns,
+        ]
+        .into_iter()
+        .flatten()
+        .min();
+        if deadline.is_some_and(|due| due <= now_ns()) {
+            return Ok(false);
+        }
+        self.alarm.set(deadline).map_err(loop_error("set its timer"))?;
+        Ok(true)
+    }
+
+    fn dispatch(&mut self, event: Ready) -> Result<(), ServerError> {
+        // A worker may ring as it likes, and a deadline is no sign of more to come: neither keeps the loop awake.
+        self.worked |= !matches!(event.token, Token::Alarm | Token::Doorbell(_));
+        match event.token {
+            Token::Alarm => self.alarm.expired(),
+            Token::Stop => self.told_to_stop()?,
+            Token::FrontEndListener => self.front_end_waits(),
+            Token::FrontEnd => {
+                if let Some(front_end) = &mut self.front_end {
+                    front_end.ready(event.hung_up);
+                }
+            }
+            Token::BackEnd => self.read_back_end(),
+            Token::ControlListener => self.accept_workers(),
+            Token::Arrival(id) => self.arrival_ready(id),
+            Token::Control(id) => self.control_ready(WorkerId(id)),
+            Token::Process(id) => self.process_ended(WorkerId(id)),
+            // Nothing to do: the ring itself was the message. Its counter is never read, so no worker can make that
+            // block.
+            Token::Doorbell(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Carries out what the device wants, and feeds it what it may have, until both have an end or a round's share is
+    /// used up.
+    fn settle(&mut self) {
+        let mut requests = 0;
+        loop {
+            while let Some(action) = self.device.next_action() {
+                self.carry_out(action);
+            }
+            if self.done {
+                return;
+            }
+            if self.look_at_readers() {
+                continue;
+            }
+            if requests == REQUESTS_PER_ROUND {
+                self.busy = true;
+                return;
+            }
+            if !self.next_request() {
+                return;
+            }
+            requests += 1;
+            self.worked = true;
+        }
+    }
+
+    /// Whether a grace period completed.
+    fn look_at_readers(&mut self) -> bool {
+        let Some(target) = self.device.grace_target() else {
+            self.readers_let_go();
+            return false;
+        };
+        loop {
+            let now = now_ns();
+            if self.registry.is_drained(target) {
+                self.readers_let_go();
+                self.device.handle(Event::GraceCompleted { epoch: target }, now);
+                return true;
+            }
+            match self.grace.held(target, now) {
+                Pause::Spin => std::hint::spin_loop(),
+                // Look once more: a reader that unpinned before it could see the wish does not ring.
+                Pause::FallAsleep if self.pace.is_busy() => {}
+                Pause::FallAsleep => self.device.table().set_writer_sleeps(true),
+                Pause::Sleep => {
+                    self.take_stall_steps(target, now);
+                    // A worker that was removed just now does not hold it back any more.
+                    if self.registry.is_drained(target) {
+                        continue;
+                    }
+                    return false;
+                }
+            }
+        }
+    }
+
+    fn readers_let_go(&mut self) {
+        if self.grace.over() {
+            self.device.table().set_writer_sleeps(false);
+            for worker in self.registry.drained() {
+                info!(worker = worker.0, "the worker let go of guest memory; the front-end is answered");
+            }
+        }
+    }
+
+    /// Feeds the device one request; returns whether there was one.
+    fn next_request(&mut self) -> bool {
+        let accepts = self.device.accepts_requests();
+        let Some(front_end) = &mut self.front_end else { return false };
+        let event = match front_end.next(accepts) {
+            Incoming::Nothing => return false,
+            Incoming::Request(header, request) => Event::Request { header, request },
+            Incoming::Bad(header, error) => Event::BadRequest { header, error },
+            Incoming::Lost(reason) => {
+                info!("the front-end's connection is over: {reason}");
+                Event::FrontEndLost { reason }
+            }
+        };
+        if matches!(event, Event::Request { request: Request::GetVringBase { .. }, .. }) {
+            self.note_progress();
+        }
+        self.device.handle(event, now_ns());
+        true
+    }
+
+    fn told_to_stop(&mut self) -> Result<(), ServerError> {
+        // Takes a signal out of its descriptor, so that a second one is seen. What else it may be (a pipe, an
+        // eventfd) is read in vain, or once.
+        let mut signal = [0; 128];
+        let _ = rustix::io::read(&self.stop, &mut signal);
+        if self.stopping {
+            error!("told to stop again: not waiting for workers any longer");
+            return Err(ServerError::Forced);
+        }
+        self.stopping = true;
+        if let Some(listener) = self.door.listener() {
+            self.poller.forget(listener);
+        }
+        match &mut self.front_end {
+            Some(front_end) => {
+                info!("stopping: the front-end's connection is drained first");
+                front_end.lose(String::from("the daemon stops"));
+            }
+            None => self.done = true,
+        }
+        Ok(())
+    }
+}
+
+fn device_config(config: &ServerConfig) -> DeviceConfig {
+    let super::DeviceKind::Net { queue_pairs } = config.device;
+    DeviceConfig::net(queue_pairs, config.miss_timeout_ms, config.arena_size)
+}

@@ -1,0 +1,89 @@
+//! Descriptors that were handed in: by `--fd`, or by a parent process that keeps sockets alive across servers.
+
+use std::io;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
+use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
+use rustix::net::{AddressFamily, SocketType, getpeername};
+
+/// Sockets handed in. Whatever is absent the server makes itself.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    /// The front-end's side.
+    pub front_end: Option<FrontEndSocket>,
+    /// A listening `SOCK_SEQPACKET` socket for workers.
+    pub control_listener: Option<OwnedFd>,
+}
+
+/// A front-end socket that was handed in.
+#[derive(Debug)]
+pub enum FrontEndSocket {
+    /// Front-ends connect to it.
+    Listener(OwnedFd),
+    /// The front-end is connected already. The server ends when this connection does.
+    Connection(OwnedFd),
+}
+
+/// Why a descriptor is of no use.
+#[derive(Debug, thiserror::Error)]
+pub enum InheritError {
+    /// Not open.
+    #[error("the descriptor is not open in this process; was it passed on (without close-on-exec)?")]
+    NotOpen,
+    /// Not a unix socket of the right type.
+    #[error("the descriptor is not a unix {expected} socket")]
+    WrongKind {
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// Neither listening nor connected.
+    #[error("the socket is neither listening nor connected; pass one that is")]
+    NotConnected,
+    /// A system call failed.
+    #[error("the descriptor cannot be prepared: {0}")]
+    System(#[from] io::Error),
+}
+
+impl Inherited {
+    /// Takes over descriptor `fd` as the front-end's socket.
+    ///
+    /// # Errors
+    /// It is not open, or not a unix stream socket.
+    pub fn front_end_from_raw(fd: RawFd) -> Result<FrontEndSocket, InheritError> {
+        // SAFETY: the number is only borrowed for this check. Whoever runs the program says with `--fd` that the
+        // descriptor is ours; that it is open at all is what the call finds out.
+        let open = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+        fcntl_getfd(open).map_err(|_| InheritError::NotOpen)?;
+        // SAFETY: open, as just seen, and handed over for good by whoever gave `--fd`; nothing else in this process
+        // owns it, because it was there before the process began.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Inherited::front_end_from_fd(fd)
+    }
+
+    /// Takes over an owned descriptor as the front-end's socket.
+    ///
+    /// # Errors
+    /// It is not a unix stream socket.
+    pub fn front_end_from_fd(fd: OwnedFd) -> Result<FrontEndSocket, InheritError> {
+        let expected = "stream";
+        if socket_domain(&fd).ok() != Some(AddressFamily::UNIX) || socket_type(&fd).ok() != Some(SocketType::STREAM) {
+            return Err(InheritError::WrongKind { expected });
+        }
+        let listens = socket_acceptconn(&fd).map_err(io::Error::from)?;
+        if !listens && getpeername(&fd) == Err(Errno::NOTCONN) {
+            return Err(InheritError::NotConnected);
+        }
+        prepare(&fd)?;
+        if listens { Ok(FrontEndSocket::Listener(fd)) } else { Ok(FrontEndSocket::Connection(fd)) }
+    }
+}
+
+/// Makes a descriptor fit for the event loop: non-blocking, and closed in programs that are started.
+pub(crate) fn prepare(fd: impl AsFd) -> io::Result<()> {
+    let fd = fd.as_fd();
+    fcntl_setfd(fd, fcntl_getfd(fd)? | FdFlags::CLOEXEC)?;
+    fcntl_setfl(fd, fcntl_getfl(fd)? | OFlags::NONBLOCK)?;
+    Ok(())
+}

@@ -1,0 +1,142 @@
+//! One attached worker, from its registration to its process's end.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use iotlb_proto::layout::worker::{CELL_CAPACITY, MissCell, POSTED_WORDS};
+use iotlb_proto::worker::{Answer, MissRequest, WorkerSegment};
+use rustix::thread::futex;
+use tracing::debug;
+
+use super::link::Link;
+use super::process::Process;
+use super::stall::Stall;
+use crate::device::WorkerId;
+
+/// A worker. Its slots count in every grace period as long as it is in the registry, whether it still talks or not.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    pub(crate) id: WorkerId,
+    /// What the worker calls itself.
+    pub(crate) label: String,
+    pub(crate) process: Process,
+    pub(crate) segment: WorkerSegment,
+    pub(crate) doorbell: Arc<OwnedFd>,
+    /// `None`: the connection is gone and the process lives. A stall, not a drain.
+    pub(crate) link: Option<Link>,
+    pub(crate) stall: Stall,
+    /// Cells whose misses the device works on.
+    pending: CellSet,
+    /// Cells posted anew while pending: looked at again when the old miss is answered. So a worker that posts one cell
+    /// over and over never has more than its cells in the device's books.
+    again: CellSet,
+}
+
+impl Worker {
+    pub(crate) fn new(
+        id: WorkerId,
+        label: String,
+        process: Process,
+        segment: WorkerSegment,
+        doorbell: Arc<OwnedFd>,
+        link: Link,
+    ) -> Worker {
+        Worker {
+            id,
+            label,
+            process,
+            segment,
+            doorbell,
+            link: Some(link),
+            stall: Stall::default(),
+            pending: CellSet::default(),
+            again: CellSet::default(),
+        }
+    }
+
+    /// Takes all posted misses.
+    pub(crate) fn harvest(&mut self, mut each: impl FnMut(u16, MissRequest)) {
+        if !self.segment.has_posted() {
+            return;
+        }
+        let Worker { segment, pending, again, .. } = self;
+        segment.take_posted(|cell| take(segment, pending, again, cell, &mut each));
+    }
+
+    /// Answers a miss. A request that was posted over the old one meanwhile is handed to `each`.
+    pub(crate) fn answer(&mut self, cell: u16, ticket: u32, answer: Answer, mut each: impl FnMut(u16, MissRequest)) {
+        let Some(words) = self.segment.cells.get(usize::from(cell)) else { return };
+        store(words, ticket, answer);
+        self.pending.remove(cell);
+        if self.again.remove(cell) {
+            let Worker { segment, pending, again, .. } = self;
+            take(segment, pending, again, cell, &mut each);
+        }
+    }
+}
+
+/// Looks at one posted cell.
+fn take(
+    segment: &WorkerSegment,
+    pending: &mut CellSet,
+    again: &mut CellSet,
+    cell: u16,
+    each: &mut impl FnMut(u16, MissRequest),
+) {
+    let Some(words) = segment.cells.get(usize::from(cell)) else { return };
+    if pending.contains(cell) {
+        again.insert(cell);
+        return;
+    }
+    match words.take() {
+        Ok(Some(request)) => {
+            pending.insert(cell);
+            each(cell, request);
+        }
+        // The bit was set without a request: only the worker itself can suffer.
+        Ok(None) => {}
+        Err(ticket) => {
+            debug!(cell, ticket, "a worker posted a senseless miss");
+            store(words, ticket, Answer::Invalid);
+        }
+    }
+}
+
+fn store(words: &MissCell, ticket: u32, answer: Answer) {
+    if words.store_answer(ticket, answer) {
+        // Shared: the worker is another process. An Err cannot be: the word is mapped and aligned.
+        let _ = futex::wake(&words.state, futex::Flags::empty(), u32::MAX >> 1);
+    }
+}
+
+/// A set of cell numbers.
+#[derive(Clone, Copy, Debug, Default)]
+struct CellSet {
+    words: [u64; POSTED_WORDS],
+}
+
+const _: () = assert!(POSTED_WORDS * 64 == CELL_CAPACITY);
+
+impl CellSet {
+    fn place(cell: u16) -> (usize, u64) {
+        (usize::from(cell) / 64 % POSTED_WORDS, 1 << (cell % 64))
+    }
+
+    fn contains(&self, cell: u16) -> bool {
+        let (word, bit) = CellSet::place(cell);
+        self.words[word] & bit != 0
+    }
+
+    fn insert(&mut self, cell: u16) {
+        let (word, bit) = CellSet::place(cell);
+        self.words[word] |= bit;
+    }
+
+    /// Returns whether it was there.
+    fn remove(&mut self, cell: u16) -> bool {
+        let (word, bit) = CellSet::place(cell);
+        let there = self.words[word] & bit != 0;
+        self.words[word] &= !bit;
+        there
+    }
+}

@@ -1,0 +1,261 @@
+//! What workers say, and what becomes of them.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use iotlb_proto::control::{DaemonMessage, WorkerMessage};
+use iotlb_proto::layout::worker::PROGRESS_VALID;
+use iotlb_proto::sync::Ordering;
+use tracing::{debug, error, info, warn};
+
+use super::alarm::now_ns;
+use super::event_loop::EventLoop;
+use super::link::{LinkError, Outgoing, Sent};
+use super::poller::Token;
+use super::stall::Step;
+use crate::device::{Event, WorkerId};
+
+/// Messages of one worker taken in one round: the others' turn comes after.
+const MESSAGES_PER_ROUND: usize = 32;
+
+/// Pause when too many descriptors are on their way: nobody says when they have arrived.
+const FLUSH_PAUSE_NS: u64 = 10_000_000;
+
+impl EventLoop {
+    /// Takes all posted misses. What one worker can have posted is bounded by its cells, so this is too.
+    pub(super) fn harvest(&mut self, now_ns: u64) {
+        let EventLoop { registry, device, worked, .. } = self;
+        for worker in registry.iter_mut() {
+            let id = worker.id;
+            worker.harvest(|cell, request| {
+                *worked = true;
+                device.handle(Event::Miss { worker: id, cell, request }, now_ns);
+            });
+        }
+    }
+
+    /// Puts a message into a worker's queue. An overflow ends its connection.
+    pub(super) fn push(&mut self, id: WorkerId, message: Outgoing) {
+        let Some(link) = self.registry.get_mut(id).and_then(|worker| worker.link.as_mut()) else { return };
+        if let Err(error) = link.push(message) {
+            self.disconnect(id, &error.to_string());
+        }
+    }
+
+    /// Sends what can be sent.
+    pub(super) fn flush(&mut self, id: WorkerId) {
+        let EventLoop { registry, device, .. } = self;
+        let Some(link) = registry.get_mut(id).and_then(|worker| worker.link.as_mut()) else { return };
+        match link.flush(device) {
+            Ok(Sent::Yes | Sent::NoRoom) => {}
+            Ok(Sent::TryLater) => self.flush_again_ns = Some(now_ns().saturating_add(FLUSH_PAUSE_NS)),
+            Err(error) => self.disconnect(id, &error.to_string()),
+        }
+    }
+
+    /// Tries again to send what the kernel would not take.
+    pub(super) fn flush_after_pause(&mut self, now_ns: u64) {
+        if self.flush_again_ns.is_some_and(|due| due <= now_ns) {
+            self.flush_again_ns = None;
+            for id in self.registry.ids() {
+                self.flush(id);
+            }
+        }
+    }
+
+    /// A worker's connection has something to read, room to write, or has ended.
+    pub(super) fn control_ready(&mut self, id: WorkerId) {
+        self.flush(id);
+        for _ in 0..MESSAGES_PER_ROUND {
+            let Some(link) = self.registry.get_mut(id).and_then(|worker| worker.link.as_mut()) else { return };
+            match link.receive() {
+                Ok(Some((message, fds))) => {
+                    // No message but HELLO comes with descriptors. They are closed.
+                    drop(fds);
+                    self.worker_says(id, message);
+                }
+                Ok(None) => return,
+                Err(LinkError::Closed) => {
+                    self.disconnect(id, "the worker closed it");
+                    return;
+                }
+                Err(error) => {
+                    self.disconnect(id, &error.to_string());
+                    return;
+                }
+            }
+        }
+        let EventLoop { registry, poller, .. } = self;
+        let link = registry.get_mut(id).and_then(|worker| worker.link.as_ref());
+        if let Some(Err(error)) = link.map(|link| poller.rearm_both(link, Token::Control(id.0))) {
+            self.disconnect(id, &error.to_string());
+        }
+    }
+
+    fn worker_says(&mut self, id: WorkerId, message: WorkerMessage) {
+        match message {
+            WorkerMessage::Hello(_) => self.disconnect(id, "it said HELLO twice"),
+            WorkerMessage::ClaimQueues { claim, queues } => {
+                if queues.len() > usize::from(self.facts.queues) {
+                    self.disconnect(id, "it claimed more queues than there are");
+                    return;
+                }
+                for queue in queues {
+                    let answer = match self.leases.claim(queue, id, claim) {
+                        Ok(()) => {
+                            info!(worker = id.0, queue, claim, "leased");
+                            Outgoing::Lease { queue, claim }
+                        }
+                        Err(error) => {
+                            let reason = error.to_string();
+                            Outgoing::Message(DaemonMessage::LeaseRefused { queue, claim, reason }, Vec::new())
+                        }
+                    };
+                    self.push(id, answer);
+                }
+                self.flush(id);
+            }
+            WorkerMessage::ReleaseQueue { queue, claim } => {
+                if !self.leases.release(queue, id, claim) {
+                    debug!(worker = id.0, queue, claim, "a worker releases what it does not have under this claim");
+                    return;
+                }
+                info!(worker = id.0, queue, claim, "released");
+                if let Some(link) = self.registry.get_mut(id).and_then(|worker| worker.link.as_mut()) {
+                    link.withdraw(queue, claim);
+                }
+            }
+            WorkerMessage::Mapped { generation } => debug!(worker = id.0, generation, "memory mapped"),
+            WorkerMessage::Revoked => {
+                info!(worker = id.0, "the worker gave up guest memory and leaves");
+                self.remove_worker(id);
+            }
+            WorkerMessage::QueueError { queue, reason } => self.queue_error(id, queue, &reason),
+        }
+    }
+
+    fn queue_error(&mut self, id: WorkerId, queue: u16, reason: &str) {
+        if self.leases.get(queue).map(|lease| lease.owner) != Some(id) {
+            debug!(worker = id.0, queue, "a worker reports an error of a queue it does not own");
+            return;
+        }
+        if self.queue_errors.take(now_ns()) {
+            warn!(worker = id.0, queue, ?reason, "the ring is broken; its error descriptor is signalled");
+        }
+        let [_, _, err] = self.device.queue_descriptors(queue);
+        let Some(err) = err else { return };
+        match err.try_clone_to_owned() {
+            Ok(fd) => {
+                if !self.signaller.signal(fd) {
+                    debug!(queue, "the error descriptor is no eventfd, or its counter is full");
+                }
+            }
+            Err(error) => debug!(queue, "the error descriptor cannot be duplicated: {error}"),
+        }
+    }
+
+    /// Ends a worker's connection. Its process lives, so its slots go on counting and its queues stay its own.
+    pub(super) fn disconnect(&mut self, id: WorkerId, reason: &str) {
+        let Some(worker) = self.registry.get_mut(id) else { return };
+        let Some(link) = worker.link.take() else { return };
+        self.poller.forget(&link);
+        if worker.process.is_dead() {
+            self.process_ended(id);
+            return;
+        }
+        warn!(
+            worker = id.0,
+            label = ?worker.label,
+            "connection ended ({reason}) but the process lives: its pins count and it keeps its queues"
+        );
+    }
+
+    /// A worker's process has ended: nothing of it can reach guest memory any more.
+    pub(super) fn process_ended(&mut self, id: WorkerId) {
+        let Some(worker) = self.registry.get_mut(id) else { return };
+        if !worker.process.is_dead() {
+            return;
+        }
+        info!(worker = id.0, label = ?worker.label, "the worker's process ended");
+        self.remove_worker(id);
+    }
+
+    /// Tells the device how far each worker says that it came on its queues.
+    pub(super) fn note_progress(&mut self) {
+        for id in self.registry.ids() {
+            self.note_progress_of(id);
+        }
+    }
+
+    fn note_progress_of(&mut self, id: WorkerId) {
+        let EventLoop { registry, leases, device, .. } = self;
+        let Some(worker) = registry.get_mut(id) else { return };
+        for queue in leases.owned(id) {
+            // Relaxed: the number stands for itself, and a wrong one harms the worker's own queue only.
+            let Some(word) = worker.segment.progress.get(usize::from(queue)) else { continue };
+            let word = word.load(Ordering::Relaxed);
+            if word & PROGRESS_VALID != 0 {
+                // The low 16 bits are the index.
+                device.note_progress(queue, u16::try_from(word & 0xffff).unwrap_or(0));
+            }
+        }
+    }
+
+    /// Its slots count no longer, its queues are free.
+    fn remove_worker(&mut self, id: WorkerId) {
+        self.note_progress_of(id);
+        let Some(worker) = self.registry.remove(id) else { return };
+        self.poller.forget(&worker.process);
+        self.poller.forget(worker.doorbell.as_fd());
+        if let Some(link) = &worker.link {
+            self.poller.forget(link);
+        }
+        for queue in self.leases.release_all(id) {
+            info!(worker = id.0, queue, "free again");
+        }
+        self.device.handle(Event::WorkerGone { worker: id }, now_ns());
+    }
+
+    /// Does what is due to workers that hold a reply back.
+    pub(super) fn take_stall_steps(&mut self, target: u64, now_ns: u64) {
+        let steps = self.registry.stalled(target, now_ns, &self.facts.stall);
+        for (id, step, held_ms) in steps {
+            let Some(worker) = self.registry.get_mut(id) else { continue };
+            let label = worker.label.clone();
+            match step {
+                Step::Report => {
+                    warn!(
+                        worker = id.0,
+                        ?label,
+                        held_ms,
+                        "the worker holds guest memory and the front-end waits for it"
+                    );
+                }
+                Step::Revoke => {
+                    warn!(worker = id.0, ?label, held_ms, "the worker is told to give up guest memory");
+                    if let Some(link) = &mut worker.link {
+                        link.push_first(DaemonMessage::Revoke);
+                    }
+                    self.flush(id);
+                }
+                Step::Kill => match worker.process.kill() {
+                    Ok(()) => warn!(worker = id.0, ?label, held_ms, "the worker is killed"),
+                    Err(error) => error!(
+                        worker = id.0,
+                        ?label,
+                        held_ms,
+                        "the worker cannot be killed from here ({error}); the guest waits until it ends: kill it"
+                    ),
+                },
+                Step::Remind => {
+                    error!(worker = id.0, ?label, held_ms, "the guest still waits for this worker: kill it");
+                }
+            }
+        }
+    }
+
+    /// A descriptor of the doorbell for a new worker.
+    pub(super) fn new_doorbell() -> std::io::Result<OwnedFd> {
+        use rustix::event::{EventfdFlags, eventfd};
+        Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
+    }
+}

@@ -1,0 +1,816 @@
+//! The device, one rule at a time.
+
+mod harness;
+
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use harness::{Bench, ROOMY, channel, eventfd, memfd, region, table_of};
+use iotlb_proto::access::Access;
+use iotlb_proto::vhost_user::features::{protocol, virtio};
+use iotlb_proto::vhost_user::{IotlbKind, IotlbMessage, MemoryRegion, Request, VringAddress, VringFd, VringState};
+use iotlb_proto::worker::Answer;
+use iotlbd::device::{Action, DeviceConfig, Event, MemoryChange, ReplyPayload, WorkerId};
+use rustix::fs::{Mode, OFlags};
+
+const MIB: u64 = 1 << 20;
+const USER: u64 = 0x7000_0000_0000;
+const RW: Access = Access::READ_WRITE;
+/// Where the ring of `started` lies.
+const DESC: u64 = 0xffff_e000;
+const AVAIL: u64 = 0xffff_f000;
+const USED: u64 = 0xffff_f240;
+
+/// A net device with 4 MiB at guest address 0.
+fn bench() -> (Bench, OwnedFd) {
+    let fd = memfd(4 * MIB);
+    (Bench::net(&[(region(0, 4 * MIB, USER), &fd)]), fd)
+}
+
+/// The same with ring 0 started and its pages translated.
+fn started() -> (Bench, OwnedFd) {
+    let (mut bench, fd) = bench();
+    bench.start_ring(0, DESC, AVAIL, USED);
+    assert_eq!(bench.update(DESC, 4096, USER + 0x1000, RW), 0);
+    assert_eq!(bench.update(AVAIL, 4096, USER + 0x2000, RW), 0);
+    for _ in 0..bench.messages().len() {
+        bench.event(Event::MissReply { value: 0 });
+    }
+    assert_eq!(bench.messages(), []);
+    bench.actions.clear();
+    (bench, fd)
+}
+
+fn target(bench: &Bench, iova: u64) -> Option<u64> {
+    bench.device.table().lookup(iova).map(|leaf| leaf.target + (iova - leaf.first))
+}
+
+// ---- publish, wait, acknowledge ----
+
+#[test]
+fn an_update_of_something_new_is_acknowledged_at_once() {
+    let (mut bench, _fd) = started();
+    bench.instant_grace = false;
+    assert_eq!(bench.update(0x10_0000, 4096, USER, RW), 0);
+    assert_eq!(bench.device.grace_target(), None);
+    assert_eq!(target(&bench, 0x10_0123), Some(0x123));
+}
+
+#[test]
+fn takes_hold_their_reply_until_the_grace_period_is_over() {
+    let takes: Vec<(&str, Request)> = vec![
+        ("invalidate", Request::Iotlb(IotlbMessage::invalidate(DESC, 4096))),
+        ("replace", Request::Iotlb(IotlbMessage::update(DESC, 4096, USER + 0x9000, RW))),
+        ("narrow", Request::Iotlb(IotlbMessage::update(DESC, 4096, USER + 0x1000, Access::READ))),
+        ("base", Request::GetVringBase { index: 0 }),
+        ("status", Request::SetStatus(0)),
+        ("reset device", Request::ResetDevice),
+        ("reset owner", Request::ResetOwner),
+        ("memory", table_of(&[(region(0, 4 * MIB, USER), &memfd(4 * MIB))])),
+        ("remove", Request::RemMemReg(region(0, 4 * MIB, USER))),
+    ];
+    for (name, request) in takes {
+        let (mut bench, _fd) = started();
+        bench.instant_grace = false;
+        let code = harness::header(&request, true).request;
+        assert_eq!(bench.request(request, true), [], "{name}: answered before the grace period");
+        assert!(!bench.device.accepts_requests(), "{name}");
+        bench.grace();
+        assert_eq!(bench.replies(code).len(), 1, "{name}: not answered after it");
+        assert!(bench.device.accepts_requests(), "{name}");
+    }
+}
+
+#[test]
+fn stopping_a_ring_is_a_take_even_when_nothing_is_translated() {
+    let (mut bench, _fd) = bench();
+    bench.start_ring(0, DESC, AVAIL, USED);
+    assert_eq!(bench.device.table().stats().entries, 0);
+    bench.instant_grace = false;
+    let request = Request::GetVringBase { index: 0 };
+    let code = harness::header(&request, false).request;
+    assert_eq!(bench.request(request, false), [], "a worker may be in the ring");
+    bench.grace();
+    assert_eq!(bench.replies(code).len(), 1);
+}
+
+#[test]
+fn a_full_table_still_takes_what_is_new() {
+    let fd = memfd(MIB);
+    let config = DeviceConfig::net(1, 100, 1 << 40);
+    let (features, protocol) = (config.features, config.protocol_features);
+    let mut bench = Bench::new(config, 336_000);
+    bench.event(Event::FrontEndConnected);
+    bench.silent(Request::SetProtocolFeatures(protocol));
+    bench.silent(Request::SetFeatures(features));
+    bench.ack(table_of(&[(region(0, MIB, USER), &fd)]));
+    for page in 0..300u64 {
+        let iova = page << 39;
+        assert_eq!(bench.update(iova, 4096, USER + 0x3000, RW), 0);
+        assert_eq!(target(&bench, iova), Some(0x3000), "page {page} was left out");
+    }
+    assert!(bench.device.table().stats().evictions > 0, "the table was never full");
+}
+
+#[test]
+fn log_changes_are_takes() {
+    let config = DeviceConfig::net(1, 100, 1 << 40);
+    let features = config.features | virtio::LOG_ALL;
+    let protocol = config.protocol_features | protocol::LOG_SHMFD;
+    let mut bench = Bench::new(DeviceConfig { features, protocol_features: protocol, ..config }, ROOMY);
+    bench.event(Event::FrontEndConnected);
+    bench.silent(Request::SetProtocolFeatures(protocol));
+    bench.silent(Request::SetFeatures(features & !virtio::LOG_ALL));
+    bench.ack(table_of(&[(region(0, MIB, USER), &memfd(MIB))]));
+    bench.start_ring(0, DESC, AVAIL, USED);
+    bench.instant_grace = false;
+    let log = VringAddress { index: 0, flags: 1, desc: DESC, used: USED, avail: AVAIL, log: USED };
+    for request in [
+        Request::SetFeatures(features),
+        Request::SetVringAddr(log),
+        Request::SetLogBase { size: 4096, offset: 0, fd: Some(memfd(4096)) },
+    ] {
+        let code = harness::header(&request, true).request;
+        assert_eq!(bench.request(request, true), []);
+        bench.grace();
+        assert_eq!(bench.replies(code), [ReplyPayload::U64(0)]);
+    }
+    // The same again changes nothing and waits for nothing.
+    bench.ack(Request::SetFeatures(features));
+    bench.ack(Request::SetVringAddr(log));
+}
+
+#[test]
+fn a_take_without_a_reply_holds_the_next_request_all_the_same() {
+    let (mut bench, _fd) = started();
+    bench.instant_grace = false;
+    bench.silent(Request::Iotlb(IotlbMessage::invalidate(0, 0)));
+    assert!(!bench.device.accepts_requests());
+    bench.grace();
+    assert!(bench.device.accepts_requests());
+    assert_eq!(bench.replies(0), []);
+}
+
+#[test]
+fn an_invalidation_of_nothing_is_acknowledged_at_once() {
+    let (mut bench, _fd) = started();
+    bench.instant_grace = false;
+    assert_eq!(bench.invalidate(0x5000_0000, 4096), 0);
+}
+
+#[test]
+fn a_lost_front_end_is_drained_before_its_socket_is_closed() {
+    let (mut bench, _fd) = started();
+    bench.instant_grace = false;
+    let generation =
+        bench.device.table().memory().header().state.session_generation.load(iotlb_proto::sync::Ordering::Relaxed);
+    bench.event(Event::FrontEndLost { reason: "test".to_owned() });
+    assert!(!bench.device.is_running() && bench.device.table().stats().entries == 0);
+    assert!(!bench.actions.iter().any(|a| matches!(a, Action::CloseFrontEnd { .. } | Action::Memory(_))));
+    bench.grace();
+    let order: Vec<_> = bench
+        .actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::Memory(MemoryChange::Remove { .. }) => Some("remove"),
+            Action::Memory(MemoryChange::Generation(_)) => Some("generation"),
+            Action::CloseFrontEnd { .. } => Some("close"),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(order, ["remove", "generation", "close"]);
+    let after =
+        bench.device.table().memory().header().state.session_generation.load(iotlb_proto::sync::Ordering::Relaxed);
+    assert!(after > generation);
+    bench.event(Event::FrontEndConnected);
+    assert!(bench.device.accepts_requests());
+}
+
+#[test]
+fn a_front_end_lost_while_its_request_waits_gets_no_reply_but_a_drain() {
+    let (mut bench, _fd) = started();
+    bench.instant_grace = false;
+    let request = Request::Iotlb(IotlbMessage::invalidate(DESC, 4096));
+    assert_eq!(bench.request(request, true), []);
+    bench.event(Event::FrontEndLost { reason: "test".to_owned() });
+    assert!(!bench.actions.iter().any(|a| matches!(a, Action::CloseFrontEnd { .. })));
+    // Rings and regions were taken after the first grace period began: that one is not enough.
+    while bench.device.grace_target().is_some() {
+        bench.grace();
+    }
+    assert!(bench.actions.iter().any(|a| matches!(a, Action::CloseFrontEnd { .. })));
+    assert!(!bench.actions.iter().any(|a| matches!(a, Action::Reply { .. })));
+}
+
+#[test]
+fn old_news_of_grace_periods_does_not_end_a_wait() {
+    let (mut bench, _fd) = started();
+    bench.instant_grace = false;
+    assert_eq!(bench.request(Request::Iotlb(IotlbMessage::invalidate(DESC, 4096)), true), []);
+    let target = bench.device.grace_target().expect("waits");
+    bench.event(Event::GraceCompleted { epoch: target - 1 });
+    assert!(!bench.device.accepts_requests());
+    bench.grace();
+    assert!(bench.device.accepts_requests());
+}
+
+// ---- IOTLB messages ----
+
+#[test]
+fn an_update_is_split_at_region_borders() {
+    let (low, high) = (memfd(MIB), memfd(MIB));
+    // Neighbours in the front-end, far apart in the guest.
+    let mut bench = Bench::net(&[(region(0, MIB, USER), &low), (region(0x1_0000_0000, MIB, USER + MIB), &high)]);
+    assert_eq!(bench.update(0x8000_0000, 2 * MIB, USER, RW), 0);
+    assert_eq!(target(&bench, 0x8000_0000), Some(0));
+    assert_eq!(target(&bench, 0x8000_0000 + MIB - 1), Some(MIB - 1));
+    assert_eq!(target(&bench, 0x8000_0000 + MIB), Some(0x1_0000_0000));
+}
+
+#[test]
+fn what_cannot_be_reached_is_refused_and_supersedes_what_was_there() {
+    let (mut bench, _fd) = bench();
+    assert_eq!(bench.update(0x8000_0000, 8192, USER, RW), 0);
+    assert_eq!(bench.update(0x8000_0000, 8192, USER + 4 * MIB - 4096, RW), 1, "half of it lies outside");
+    assert_eq!(target(&bench, 0x8000_0000), Some(4 * MIB - 4096));
+    assert_eq!(target(&bench, 0x8000_1000), None, "an old meaning survived");
+    assert_eq!(bench.update(0x8000_0000, 4096, USER, Access::NONE), 1);
+    assert_eq!(target(&bench, 0x8000_0000), None);
+    assert_eq!(bench.update(0x8000_0000, 8192, u64::MAX - 10, RW), 1);
+}
+
+#[test]
+fn nonsense_is_refused() {
+    let (mut bench, _fd) = started();
+    let before = bench.device.table().stats().entries;
+    assert_eq!(bench.update(0x8000_0000, 0, USER, RW), 1);
+    assert_eq!(bench.update(u64::MAX - 10, 4096, USER, RW), 1);
+    for kind in [IotlbKind::Miss, IotlbKind::AccessFail] {
+        let message = IotlbMessage { kind, ..IotlbMessage::miss(0, RW) };
+        assert_eq!(bench.value(Request::Iotlb(message)), 1);
+    }
+    assert_eq!(bench.value(Request::Unknown(77)), 1);
+    bench.silent(Request::Unknown(77));
+    assert_eq!(bench.value(Request::NetSetMtu(1500)), 1);
+    assert_eq!(bench.value(Request::SetInflightFd { size: 0, offset: 0, queues: 1, queue_size: 1, fd: eventfd() }), 1);
+    assert_eq!(bench.value(Request::SetLogBase { size: 0, offset: 0, fd: None }), 1);
+    assert_eq!(bench.value(Request::SetProtocolFeatures(u64::MAX)), 1);
+    assert_eq!(bench.value(Request::SetFeatures(u64::MAX)), 1);
+    assert_eq!(bench.value(Request::SetStatus(0x100)), 1);
+    assert_eq!(bench.device.table().stats().entries, before);
+    assert!(bench.device.is_running());
+}
+
+#[test]
+fn need_reply_means_nothing_before_it_was_negotiated() {
+    let mut bench = Bench::new(DeviceConfig::net(1, 100, 1 << 40), ROOMY);
+    bench.event(Event::FrontEndConnected);
+    assert_eq!(bench.request(Request::SetOwner, true), []);
+    assert_eq!(bench.request(Request::GetFeatures, false).len(), 1);
+    bench.silent(Request::SetProtocolFeatures(protocol::REPLY_ACK));
+    bench.ack(Request::SetOwner);
+}
+
+// ---- rings ----
+
+fn record(bench: &Bench, queue: usize) -> (bool, bool) {
+    use iotlb_proto::layout::table::{QUEUE_ENABLED, QUEUE_STARTED};
+    let flags = bench.device.table().memory().queues()[queue].flags.load(iotlb_proto::sync::Ordering::Relaxed);
+    (flags & QUEUE_STARTED != 0, flags & QUEUE_ENABLED != 0)
+}
+
+#[test]
+fn a_ring_starts_with_its_kick_and_is_enabled_by_what_was_said_before() {
+    let (mut bench, _fd) = bench();
+    bench.ack(Request::SetVringEnable(VringState { index: 0, num: 1 }));
+    assert_eq!(record(&bench, 0), (false, false));
+    bench.start_ring(0, DESC, AVAIL, USED);
+    assert_eq!(record(&bench, 0), (true, true));
+    bench.ack(Request::SetVringEnable(VringState { index: 0, num: 0 }));
+    assert_eq!(record(&bench, 0), (true, false));
+    bench.request(Request::GetVringBase { index: 0 }, false);
+    assert_eq!(record(&bench, 0), (false, false));
+}
+
+#[test]
+fn the_order_of_what_makes_a_ring_does_not_matter() {
+    let (mut bench, _fd) = bench();
+    bench.silent(Request::SetVringKick(VringFd { index: 1, fd: None }));
+    bench.silent(Request::SetVringAddr(VringAddress {
+        index: 1,
+        flags: 0,
+        desc: DESC,
+        used: USED,
+        avail: AVAIL,
+        log: 0,
+    }));
+    assert!(!bench.device.is_running());
+    bench.silent(Request::SetVringNum(VringState { index: 1, num: 8 }));
+    assert_eq!(record(&bench, 1), (true, false));
+}
+
+#[test]
+fn bad_rings_are_refused_and_stay_stopped() {
+    let (mut bench, _fd) = bench();
+    for num in [0, 3, 65_536] {
+        assert_eq!(bench.value(Request::SetVringNum(VringState { index: 0, num })), 1);
+    }
+    assert_eq!(bench.value(Request::SetVringNum(VringState { index: 2, num: 256 })), 1, "no such ring");
+    assert_eq!(bench.value(Request::SetVringBase(VringState { index: 0, num: 65_536 })), 1);
+    assert_eq!(bench.value(Request::SetVringEnable(VringState { index: 0, num: 2 })), 1);
+    let good = VringAddress { index: 0, flags: 0, desc: DESC, used: USED, avail: AVAIL, log: 0 };
+    for bad in [
+        VringAddress { desc: DESC + 8, ..good },
+        VringAddress { avail: AVAIL + 1, ..good },
+        VringAddress { used: USED + 2, ..good },
+        VringAddress { desc: !15, ..good },
+    ] {
+        bench.ack(Request::SetVringNum(VringState { index: 0, num: 256 }));
+        assert_eq!(bench.value(Request::SetVringAddr(bad)), 1, "{bad:x?}");
+    }
+    bench.ack(Request::SetVringKick(VringFd { index: 0, fd: Some(eventfd()) }));
+    assert!(!bench.device.is_running());
+    // A GET is answered whatever it asks for.
+    assert_eq!(bench.request(Request::GetVringBase { index: 9 }, false).len(), 1);
+}
+
+#[test]
+fn a_running_ring_is_not_changed_under_its_worker() {
+    let (mut bench, _fd) = started();
+    assert_eq!(bench.value(Request::SetVringNum(VringState { index: 0, num: 8 })), 1);
+    assert_eq!(bench.value(Request::SetVringBase(VringState { index: 0, num: 8 })), 1);
+    let other = VringAddress { index: 0, flags: 0, desc: 0, used: USED, avail: AVAIL, log: 0 };
+    assert_eq!(bench.value(Request::SetVringAddr(other)), 1);
+}
+
+#[test]
+fn the_base_is_the_used_index_even_when_its_translation_is_gone() {
+    let (mut bench, fd) = started();
+    assert_eq!(rustix::io::pwrite(&fd, &777u16.to_le_bytes(), 0x2242), Ok(2));
+    assert_eq!(bench.invalidate(0, 0), 0);
+    let reply = bench.request(Request::GetVringBase { index: 0 }, false);
+    assert_eq!(reply, [ReplyPayload::VringState { index: 0, num: 777 }]);
+}
+
+#[test]
+fn without_a_translation_the_base_is_what_the_worker_said() {
+    let (mut bench, _fd) = bench();
+    bench.start_ring(0, DESC, AVAIL, USED);
+    bench.device.note_progress(0, 55);
+    let reply = bench.request(Request::GetVringBase { index: 0 }, false);
+    assert_eq!(reply, [ReplyPayload::VringState { index: 0, num: 55 }]);
+}
+
+#[test]
+fn the_base_survives_a_reset() {
+    let (mut bench, fd) = started();
+    assert_eq!(rustix::io::pwrite(&fd, &9u16.to_le_bytes(), 0x2242), Ok(2));
+    bench.silent(Request::SetStatus(0));
+    let reply = bench.request(Request::GetVringBase { index: 0 }, false);
+    assert_eq!(reply, [ReplyPayload::VringState { index: 0, num: 9 }]);
+}
+
+#[test]
+fn features_repeated_by_each_queue_pair_disturb_nothing() {
+    let (mut bench, _fd) = started();
+    let (entries, features) = (bench.device.table().stats().entries, bench.device.config().features);
+    bench.instant_grace = false;
+    bench.ack(Request::SetFeatures(features));
+    assert!(bench.device.is_running());
+    assert_eq!(bench.device.table().stats().entries, entries);
+    assert!(record(&bench, 0).0);
+}
+
+// ---- memory ----
+
+fn changes(bench: &mut Bench) -> Vec<String> {
+    std::mem::take(&mut bench.actions)
+        .into_iter()
+        .filter_map(|action| match action {
+            Action::Memory(MemoryChange::Add(info, _)) => Some(format!("add {} at {:#x}", info.id, info.arena_offset)),
+            Action::Memory(MemoryChange::Remove { id }) => Some(format!("remove {id}")),
+            Action::Memory(MemoryChange::Generation(g)) => Some(format!("generation {g}")),
+            _ => None,
+        })
+        .collect()
+}
+
+#[test]
+fn regions_that_stay_are_kept_mapped() {
+    let (mut bench, fd) = bench();
+    assert_eq!(changes(&mut bench), ["add 1 at 0x0", "generation 1"]);
+    let more = memfd(MIB);
+    bench.ack(table_of(&[(region(0, 4 * MIB, USER), &fd), (region(0x1_0000_0000, MIB, 0x5000_0000), &more)]));
+    assert_eq!(changes(&mut bench), ["add 2 at 0x100000000", "generation 2"]);
+    // Other memory at the same addresses is another region.
+    let other = memfd(4 * MIB);
+    bench.ack(table_of(&[(region(0, 4 * MIB, USER), &other)]));
+    assert_eq!(changes(&mut bench), ["remove 2", "remove 1", "add 3 at 0x0", "generation 3"]);
+    bench.ack(table_of(&[(region(0, 4 * MIB, USER), &other)]));
+    assert!(changes(&mut bench).is_empty());
+}
+
+#[test]
+fn a_memory_table_drops_all_entries_and_asks_for_the_rings_again() {
+    let (mut bench, fd) = started();
+    bench.ack(table_of(&[(region(0, 4 * MIB, USER), &fd)]));
+    assert_eq!(bench.device.table().stats().entries, 0);
+    let pages: Vec<u64> = bench.messages().iter().map(|(message, _)| message.iova).collect();
+    assert_eq!(pages, [DESC, AVAIL]);
+}
+
+#[test]
+fn a_removed_region_takes_its_entries_along_whatever_their_iova() {
+    let (a, b) = (memfd(MIB), memfd(MIB));
+    let second = region(0x1_0000_0000, MIB, 0x5000_0000);
+    let mut bench = Bench::net(&[(region(0, MIB, USER), &a), (second, &b)]);
+    assert_eq!(bench.update(0x1_0000_0000, 4096, USER, RW), 0);
+    assert_eq!(bench.update(0x3000, 4096, 0x5000_0000, RW), 0);
+    bench.actions.clear();
+    bench.ack(Request::RemMemReg(second));
+    assert_eq!(target(&bench, 0x3000), None);
+    assert_eq!(target(&bench, 0x1_0000_0000), Some(0), "found by its guest address");
+    assert_eq!(changes(&mut bench), ["remove 2", "generation 2"]);
+    assert_eq!(bench.value(Request::RemMemReg(second)), 1);
+}
+
+#[test]
+fn bad_memory_is_refused_and_changes_nothing() {
+    let (mut bench, fd) = bench();
+    assert_eq!(bench.update(0x3000, 4096, USER, RW), 0);
+    bench.actions.clear();
+    let bad: Vec<(MemoryRegion, &OwnedFd)> = vec![
+        (region(0, 8 * MIB, USER), &fd),
+        (region(0, MIB, u64::MAX - 100), &fd),
+        (region(u64::MAX - 100, MIB, USER), &fd),
+        (MemoryRegion { mmap_offset: 5, ..region(0, MIB, USER) }, &fd),
+        (region(0, 0, USER), &fd),
+    ];
+    for (description, fd) in bad {
+        assert_eq!(bench.value(table_of(&[(description, fd)])), 1, "{description:x?}");
+    }
+    assert_eq!(bench.value(table_of(&[(region(0, 4096, USER), &eventfd())])), 1, "not memory");
+    for (mode, flags) in [("read-only", OFlags::RDONLY), ("write-only", OFlags::WRONLY), ("path-only", OFlags::PATH)] {
+        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        let half = rustix::fs::open(path, flags, Mode::empty()).expect("opened again");
+        assert_eq!(bench.value(table_of(&[(region(0, 4096, USER), &half)])), 1, "{mode}: no worker can map it");
+    }
+    let twice = [(region(0, 2 * MIB, USER), &fd), (region(0x1_0000_0000, MIB, USER + MIB), &fd)];
+    assert_eq!(bench.value(table_of(&twice)), 1, "user addresses overlap");
+    assert!(changes(&mut bench).is_empty());
+    assert_eq!(target(&bench, 0x3000), Some(0));
+}
+
+#[test]
+fn regions_that_overlap_in_the_guest_or_lie_too_high_get_another_place() {
+    let (a, b, c) = (memfd(4 * MIB), memfd(4 * MIB), memfd(MIB));
+    let bench = Bench::net(&[
+        (region(0, 4 * MIB, USER), &a),
+        (region(MIB, 4 * MIB, USER + 8 * MIB), &b),
+        (region(1 << 50, MIB, USER + 16 * MIB), &c),
+    ]);
+    let (regions, _) = bench.device.regions();
+    let mut places: Vec<_> = regions.iter().map(|(r, _)| (r.arena_offset, r.arena_offset + r.size)).collect();
+    places.sort_unstable();
+    assert_eq!(places, [(0, 4 * MIB), (4 * MIB, 8 * MIB), (8 * MIB, 9 * MIB)]);
+}
+
+#[test]
+fn slots_are_bounded() {
+    let (mut bench, fd) = bench();
+    let number = |payload: &[ReplyPayload]| match payload {
+        [ReplyPayload::U64(value)] => *value,
+        other => panic!("{other:?}"),
+    };
+    let slots = number(&bench.request(Request::GetMaxMemSlots, false));
+    for slot in 1..slots {
+        let add = Request::AddMemReg(region(slot << 32, 4096, 0x1000 * slot), fd.try_clone().expect("a descriptor"));
+        bench.ack(add);
+    }
+    let one_more = Request::AddMemReg(region(slots << 32, 4096, 0x1000 * slots), fd.try_clone().expect("a descriptor"));
+    assert_eq!(bench.value(one_more), 1);
+}
+
+// ---- without IOMMU ----
+
+#[test]
+fn without_access_platform_guest_memory_is_published_as_it_is() {
+    let fd = memfd(4 * MIB);
+    let config = DeviceConfig::net(1, 100, 1 << 40);
+    let (features, protocol) = (config.features & !virtio::ACCESS_PLATFORM, config.protocol_features);
+    let mut bench = Bench::new(config, ROOMY);
+    bench.event(Event::FrontEndConnected);
+    bench.silent(Request::SetProtocolFeatures(protocol));
+    bench.ack(table_of(&[(region(0x10_0000, 4 * MIB, USER), &fd)]));
+    assert_eq!(bench.device.table().stats().entries, 0);
+    bench.silent(Request::SetFeatures(features));
+    assert_eq!(target(&bench, 0x10_0000), Some(0x10_0000));
+    // Ring addresses are the front-end's own; workers get guest addresses.
+    bench.start_ring(0, USER + 0x1000, USER + 0x2000, USER + 0x2240);
+    let words = &bench.device.table().memory().queues()[0];
+    assert_eq!(words.used.load(iotlb_proto::sync::Ordering::Relaxed), 0x10_2240);
+    assert_eq!(bench.messages(), []);
+    assert_eq!(rustix::io::pwrite(&fd, &31u16.to_le_bytes(), 0x2242), Ok(2));
+    // A miss can only be wrong, because everything is there.
+    bench.miss(0, 0, 1, 0x5000_0000, 64, RW);
+    bench.miss(0, 1, 2, 0x11_0000, 64, RW);
+    assert_eq!(bench.answers(), [(0, 0, 1, Answer::Denied), (0, 1, 2, Answer::Resolved)]);
+    assert_eq!(bench.update(0x10_0000, 4096, USER, RW), 1);
+    assert_eq!(bench.invalidate(0, 0), 0);
+    assert_eq!(target(&bench, 0x10_0000), Some(0x10_0000));
+    // While memory changes nobody is denied.
+    bench.instant_grace = false;
+    let more = memfd(MIB);
+    let table = table_of(&[(region(0x10_0000, 4 * MIB, USER), &fd), (region(0x5000_0000, MIB, 0x4000_0000), &more)]);
+    assert_eq!(bench.request(table, true), []);
+    bench.miss(0, 0, 3, 0x5000_0000, 64, RW);
+    assert_eq!(bench.answers(), []);
+    bench.grace();
+    assert_eq!(bench.answers(), [(0, 0, 3, Answer::Resolved)]);
+    bench.actions.clear();
+    bench.instant_grace = true;
+    let reply = bench.request(Request::GetVringBase { index: 0 }, false);
+    assert_eq!(reply, [ReplyPayload::VringState { index: 0, num: 31 }]);
+}
+
+#[test]
+fn a_ring_outside_guest_memory_does_not_start() {
+    let config = DeviceConfig::net(1, 100, 1 << 40);
+    let (features, protocol) = (config.features & !virtio::ACCESS_PLATFORM, config.protocol_features);
+    let mut bench = Bench::new(config, ROOMY);
+    bench.event(Event::FrontEndConnected);
+    bench.silent(Request::SetProtocolFeatures(protocol));
+    bench.silent(Request::SetFeatures(features));
+    bench.ack(table_of(&[(region(0, MIB, USER), &memfd(MIB))]));
+    bench.start_ring(0, USER + MIB - 16, USER, USER);
+    assert!(!bench.device.is_running());
+}
+
+// ---- misses ----
+
+#[test]
+fn misses_for_one_page_share_a_message_and_an_update_answers_all() {
+    let (mut bench, _fd) = started();
+    for worker in 0..3 {
+        bench.miss(worker, 0, 1, 0x9000 + u64::from(worker) * 16, 16, Access::READ);
+    }
+    assert_eq!(bench.messages().len(), 1);
+    assert_eq!(bench.update(0x9000, 4096, USER, RW), 0);
+    let all = [(0, 0, 1, Answer::Resolved), (1, 0, 1, Answer::Resolved), (2, 0, 1, Answer::Resolved)];
+    assert_eq!(bench.answers(), all);
+    bench.event(Event::MissReply { value: 0 });
+    assert_eq!((bench.answers(), bench.messages()), (vec![], vec![]));
+}
+
+#[test]
+fn a_range_is_asked_for_page_by_page_without_waiting() {
+    let (mut bench, _fd) = started();
+    bench.miss(0, 0, 1, 0x9ff0, 0x1020, RW);
+    let pages: Vec<u64> = bench.messages().iter().map(|(m, _)| m.iova).collect();
+    assert_eq!(pages, [0x9000, 0xa000, 0xb000]);
+    assert_eq!(bench.update(0xb000, 4096, USER, RW), 0);
+    assert_eq!(bench.update(0x9000, 4096, USER, RW), 0);
+    assert_eq!(bench.answers(), []);
+    assert_eq!(bench.update(0xa000, 4096, USER, RW), 0);
+    assert_eq!(bench.answers(), [(0, 0, 1, Answer::Resolved)]);
+}
+
+#[test]
+fn a_page_lost_meanwhile_is_left_to_the_worker() {
+    let (mut bench, _fd) = started();
+    bench.miss(0, 0, 1, 0x9000, 0x2000, RW);
+    assert_eq!(bench.messages().len(), 2);
+    assert_eq!(bench.update(0x9000, 4096, USER, RW), 0);
+    assert_eq!(bench.invalidate(0x9000, 4096), 0);
+    assert_eq!(bench.update(0xa000, 4096, USER, RW), 0);
+    assert_eq!(bench.answers(), [(0, 0, 1, Answer::Resolved)], "it looks again, and asks for what it still needs");
+    assert_eq!(bench.messages(), [], "the guest may have unmapped the page: a miss would be a fault in its log");
+}
+
+#[test]
+fn a_denial_is_confirmed_by_one_more_miss() {
+    let (mut bench, _fd) = started();
+    bench.miss(0, 0, 1, 0x9000, 16, RW);
+    assert_eq!(bench.messages().len(), 1);
+    bench.event(Event::MissReply { value: 1 });
+    assert_eq!((bench.answers(), bench.messages().len()), (vec![], 1));
+    bench.event(Event::MissReply { value: 1 });
+    assert_eq!((bench.answers(), bench.messages().len()), (vec![(0, 0, 1, Answer::Denied)], 0));
+}
+
+#[test]
+fn a_refusal_of_writing_does_not_deny_reading() {
+    let (mut bench, _fd) = started();
+    let wanted = |bench: &mut Bench| bench.messages().iter().map(|(m, _)| m.access).collect::<Vec<_>>();
+    bench.miss(0, 0, 1, 0x9000, 16, Access::READ);
+    bench.miss(1, 0, 1, 0x9000, 16, Access::WRITE);
+    assert_eq!(wanted(&mut bench), [Access::READ]);
+    bench.event(Event::MissReply { value: 1 });
+    // Asked together they are refused, which says nothing about either.
+    assert_eq!(wanted(&mut bench), [RW]);
+    bench.event(Event::MissReply { value: 1 });
+    assert_eq!(wanted(&mut bench), [Access::READ]);
+    assert_eq!(bench.update(0x9000, 4096, USER, Access::READ), 0);
+    assert_eq!(bench.answers(), [(0, 0, 1, Answer::Resolved)]);
+    bench.event(Event::MissReply { value: 0 });
+    for _ in 0..2 {
+        assert_eq!(bench.answers(), []);
+        assert_eq!(wanted(&mut bench), [Access::WRITE]);
+        bench.event(Event::MissReply { value: 1 });
+    }
+    assert_eq!(bench.answers(), [(1, 0, 1, Answer::Denied)]);
+}
+
+#[test]
+fn done_without_a_translation_is_retried_a_few_times() {
+    let (mut bench, _fd) = started();
+    bench.miss(0, 0, 1, 0x9000, 16, RW);
+    let mut sent = 0;
+    loop {
+        let messages = bench.messages().len();
+        if messages == 0 {
+            break;
+        }
+        sent += messages;
+        bench.event(Event::MissReply { value: 0 });
+    }
+    assert_eq!(sent, 4);
+    assert_eq!(bench.answers(), [(0, 0, 1, Answer::TimedOut)]);
+}
+
+#[test]
+fn a_permission_that_stays_missing_is_reported_and_denied() {
+    let (mut bench, _fd) = started();
+    assert_eq!(bench.update(0x9000, 4096, USER, Access::READ), 0);
+    bench.miss(0, 0, 1, 0x9010, 16, RW);
+    let mut failures = Vec::new();
+    for _ in 0..4 {
+        failures = bench.messages();
+        bench.event(Event::MissReply { value: 0 });
+    }
+    assert!(failures.iter().all(|(m, _)| m.kind == IotlbKind::Miss));
+    let last = bench.messages();
+    assert_eq!(last.iter().map(|(m, need)| (m.kind, *need)).collect::<Vec<_>>(), [(IotlbKind::AccessFail, false)]);
+    assert_eq!(bench.answers(), [(0, 0, 1, Answer::Denied)]);
+}
+
+#[test]
+fn a_wider_want_upgrades_the_page() {
+    let (mut bench, _fd) = started();
+    bench.miss(0, 0, 1, 0x9000, 16, Access::READ);
+    bench.miss(1, 0, 1, 0x9000, 16, RW);
+    assert_eq!(bench.messages().len(), 1);
+    assert_eq!(bench.update(0x9000, 4096, USER, Access::READ), 0);
+    assert_eq!(bench.answers(), [(0, 0, 1, Answer::Resolved)]);
+    bench.event(Event::MissReply { value: 0 });
+    let upgraded = bench.messages();
+    assert_eq!(upgraded.iter().map(|(m, _)| m.access).collect::<Vec<_>>(), [RW]);
+    assert_eq!(bench.update(0x9000, 4096, USER, RW), 0);
+    assert_eq!(bench.answers(), [(1, 0, 1, Answer::Resolved)]);
+}
+
+#[test]
+fn time_runs_out_but_the_reply_keeps_its_place() {
+    let (mut bench, _fd) = started();
+    bench.miss(0, 0, 1, 0x9000, 16, RW);
+    bench.miss(0, 1, 2, 0xa000, 16, RW);
+    bench.messages();
+    bench.now_ns = bench.device.next_deadline_ns().expect("a deadline");
+    bench.event(Event::Tick);
+    assert_eq!(bench.answers(), [(0, 0, 1, Answer::TimedOut), (0, 1, 2, Answer::TimedOut)]);
+    assert_eq!(bench.device.next_deadline_ns(), None);
+    bench.miss(0, 0, 3, 0xb000, 16, RW);
+    assert_eq!(bench.messages().len(), 1);
+    // Two late replies, which are not about the third page.
+    bench.event(Event::MissReply { value: 1 });
+    bench.event(Event::MissReply { value: 1 });
+    assert_eq!((bench.answers(), bench.messages()), (vec![], vec![]));
+    bench.event(Event::MissReply { value: 1 });
+    assert_eq!(bench.messages().len(), 1);
+}
+
+#[test]
+fn messages_in_flight_are_bounded_and_workers_take_turns() {
+    let (mut bench, _fd) = started();
+    for cell in 0..100 {
+        bench.miss(0, cell, 1, 0x100_0000 + u64::from(cell) * 0x1_0000, 16, RW);
+    }
+    bench.miss(1, 0, 1, 0x5000_0000, 16, RW);
+    assert_eq!(bench.messages().len(), 64);
+    // The second worker is not behind the rest of the first.
+    bench.event(Event::MissReply { value: 1 });
+    bench.event(Event::MissReply { value: 1 });
+    assert!(bench.messages().iter().any(|(m, _)| m.iova == 0x5000_0000));
+}
+
+#[test]
+fn a_cell_posted_again_drops_what_it_held() {
+    let (mut bench, _fd) = started();
+    for ticket in 0..10_000 {
+        bench.miss(0, 0, ticket, 0x100_0000 + u64::from(ticket) * 0x1_0000, 16 * 4096, RW);
+    }
+    assert_eq!(bench.device.misses_waiting(), 1);
+    assert_eq!(bench.answers(), []);
+    bench.miss(0, 256, 1, 0x9000, 16, RW);
+    bench.miss(0, 1, 1, 0x9000, 18 * 4096, RW);
+    bench.miss(0, 2, 1, 0x9000, 16, Access::NONE);
+    assert!(bench.answers().iter().all(|(_, _, _, answer)| *answer == Answer::Invalid));
+}
+
+#[test]
+fn nothing_is_sent_while_nothing_runs() {
+    let (mut bench, _fd) = bench();
+    bench.miss(0, 0, 1, 0x9000, 16, RW);
+    assert_eq!(bench.answers(), [(0, 0, 1, Answer::Stopped)]);
+    bench.start_ring(0, DESC, AVAIL, USED);
+    bench.miss(0, 0, 2, 0x9000, 16, RW);
+    bench.messages();
+    bench.request(Request::GetVringBase { index: 0 }, false);
+    assert_eq!(bench.answers(), [(0, 0, 2, Answer::Stopped)]);
+    assert_eq!(bench.messages(), []);
+}
+
+#[test]
+fn a_lost_back_end_channel_stops_misses_until_there_is_another() {
+    let (mut bench, _fd) = started();
+    bench.miss(0, 0, 1, 0x9000, 16, RW);
+    bench.messages();
+    bench.event(Event::BackEndLost);
+    assert_eq!(bench.answers(), [(0, 0, 1, Answer::Stopped)]);
+    bench.miss(0, 0, 2, 0x9000, 16, RW);
+    bench.miss(0, 1, 3, DESC, 16, RW);
+    assert_eq!(bench.answers(), [(0, 0, 2, Answer::Stopped), (0, 1, 3, Answer::Resolved)]);
+    bench.ack(Request::SetBackendReqFd(channel()));
+    bench.miss(0, 0, 4, 0x9000, 16, RW);
+    assert_eq!(bench.messages().len(), 1);
+}
+
+#[test]
+fn what_is_no_back_end_channel_is_refused_and_the_old_one_stays() {
+    let (mut bench, fd) = started();
+    let packets = OwnedFd::from(std::os::unix::net::UnixDatagram::unbound().expect("a socket"));
+    let network = OwnedFd::from(std::net::UdpSocket::bind("127.0.0.1:0").expect("a socket"));
+    for bad in [eventfd(), fd, packets, network] {
+        assert_eq!(bench.value(Request::SetBackendReqFd(bad)), 1);
+    }
+    assert!(!bench.actions.iter().any(|action| matches!(action, Action::UseBackEndChannel(_))));
+    bench.miss(0, 0, 1, 0x9000, 16, RW);
+    assert_eq!(bench.messages().len(), 1);
+}
+
+#[test]
+fn a_worker_that_is_gone_is_forgotten() {
+    let (mut bench, _fd) = started();
+    bench.miss(0, 0, 1, 0x9000, 16, RW);
+    bench.miss(1, 0, 1, 0x9000, 16, RW);
+    bench.event(Event::WorkerGone { worker: WorkerId(0) });
+    assert_eq!(bench.update(0x9000, 4096, USER, RW), 0);
+    assert_eq!(bench.answers(), [(1, 0, 1, Answer::Resolved)]);
+}
+
+#[test]
+fn rings_are_asked_for_at_their_start_and_after_a_flush_and_only_then() {
+    let (mut bench, _fd) = bench();
+    bench.start_ring(0, DESC, AVAIL, USED);
+    let pages = |bench: &mut Bench| bench.messages().iter().map(|(m, _)| m.iova).collect::<Vec<_>>();
+    assert_eq!(pages(&mut bench), [DESC, AVAIL]);
+    assert_eq!(bench.update(DESC, 4096, USER + 0x1000, RW), 0);
+    assert_eq!(bench.update(AVAIL, 4096, USER + 0x2000, RW), 0);
+    bench.event(Event::MissReply { value: 0 });
+    bench.event(Event::MissReply { value: 0 });
+    assert_eq!(bench.invalidate(0x9000, 4096), 0);
+    assert_eq!(pages(&mut bench), [0; 0]);
+    assert_eq!(bench.invalidate(0xfef0_0000, 0xffff_ffff_0110_0000), 0);
+    assert_eq!(pages(&mut bench), [DESC, AVAIL]);
+    // The same flush again, once a queue pair: nothing is asked twice.
+    assert_eq!(bench.invalidate(0xfef0_0000, 0xffff_ffff_0110_0000), 0);
+    assert_eq!(pages(&mut bench), [0; 0]);
+}
+
+#[test]
+fn a_miss_is_not_resolved_by_what_a_waiting_take_removed() {
+    let (mut bench, _fd) = started();
+    assert_eq!(bench.update(0x9000, 4096, USER, RW), 0);
+    bench.instant_grace = false;
+    assert_eq!(bench.request(Request::Iotlb(IotlbMessage::invalidate(0x9000, 4096)), true), []);
+    bench.miss(0, 0, 1, 0x9000, 16, RW);
+    assert_eq!(bench.answers(), []);
+    assert_eq!(bench.messages().len(), 1);
+}
+
+#[test]
+fn a_front_end_without_replies_is_still_asked() {
+    let fd = memfd(MIB);
+    let mut bench = Bench::new(DeviceConfig::net(1, 100, 1 << 40), ROOMY);
+    let features = bench.device.config().features;
+    bench.event(Event::FrontEndConnected);
+    bench.silent(Request::SetProtocolFeatures(protocol::BACKEND_REQ));
+    bench.silent(Request::SetBackendReqFd(channel()));
+    bench.silent(Request::SetFeatures(features));
+    bench.silent(table_of(&[(region(0, MIB, USER), &fd)]));
+    bench.start_ring(0, DESC, AVAIL, USED);
+    bench.messages();
+    bench.miss(0, 0, 1, 0x9000, 16, RW);
+    assert_eq!(bench.messages().iter().map(|(_, need)| *need).collect::<Vec<_>>(), [false]);
+    bench.silent(Request::Iotlb(IotlbMessage::update(0x9000, 4096, USER, RW)));
+    assert_eq!(bench.answers(), [(0, 0, 1, Answer::Resolved)]);
+}

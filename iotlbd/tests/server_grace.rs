@@ -1,0 +1,225 @@
+//! The one rule, through real sockets: an invalidation is acknowledged when no worker can still use what it took.
+
+mod server_support;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Child, Command, Stdio};
+
+use iotlb_proto::access::Access;
+use iotlb_proto::control::{DaemonMessage, WorkerMessage};
+use iotlb_proto::iova::{IovaRange, PAGE_SIZE};
+use iotlb_proto::sync::Ordering;
+use iotlb_proto::worker::Answer;
+use iotlbd::sim::front_end::FrontEnd;
+use server_support::{RawWorker, Running, hear, say, started_front_end, watchdog};
+
+const IOVA: u64 = 0x10_0000;
+const CHILD_CONTROL: &str = "IOTLBD_TEST_CHILD_CONTROL";
+
+fn front_end(server: &Running) -> FrontEnd {
+    started_front_end(&server.front_end())
+}
+
+/// Maps a page and tells the server.
+fn publish(front_end: &mut FrontEnd) {
+    let page = front_end.guest.allocate().expect("a page");
+    front_end.viommu.map(IOVA, page, Access::READ_WRITE).expect("maps");
+    front_end.push_update(IOVA).expect("acknowledged");
+}
+
+/// Not a test: the worker process that [`child`] starts.
+#[test]
+fn child_that_pins_and_hangs() {
+    let Some(control) = std::env::var_os(CHILD_CONTROL) else { return };
+    let _watchdog = watchdog();
+    let worker = RawWorker::attach(control.as_ref());
+    say(&worker.socket, &WorkerMessage::ClaimQueues { claim: 1, queues: vec![0] });
+    assert!(matches!(hear(&worker.socket), Ok((DaemonMessage::Lease(_), _))));
+    worker.pin();
+    println!("pinned");
+    std::io::stdout().flush().expect("flushes");
+    // Until the parent kills this process, or is gone.
+    let _ = std::io::stdin().read(&mut [0; 1]);
+}
+
+/// A worker process that owns queue 0 and holds a pin.
+fn child(server: &Running) -> Child {
+    let mut child = Command::new(std::env::current_exe().expect("own path"))
+        .args(["--exact", "child_that_pins_and_hangs", "--nocapture"])
+        .env(CHILD_CONTROL, server.control())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    assert!(lines.any(|line| line.expect("readable").contains("pinned")), "the child ended too early");
+    child
+}
+
+#[test]
+fn nobody_pinned_nothing_held() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let worker = RawWorker::attach(&server.control());
+    let mut front_end = front_end(&server);
+    for _ in 0..50 {
+        publish(&mut front_end);
+        assert!(worker.table.lookup(IOVA).is_some());
+        front_end.unmap(IOVA).expect("acknowledged");
+        assert!(worker.table.lookup(IOVA).is_none());
+    }
+    server.stop();
+}
+
+#[test]
+fn a_pin_holds_the_reply_until_it_ends() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let worker = RawWorker::attach(&server.control());
+    let mut front_end = front_end(&server);
+    publish(&mut front_end);
+    worker.pin();
+    let mut held = false;
+    let result = front_end.invalidate_and(IOVA, PAGE_SIZE, |_| {
+        worker.wait_until_held();
+        assert!(worker.table.lookup(IOVA).is_none(), "unpublished before it is waited for");
+        held = true;
+        worker.unpin();
+        Ok(())
+    });
+    result.expect("acknowledged");
+    assert!(held);
+    server.stop();
+}
+
+#[test]
+fn death_ends_the_wait_and_frees_the_queues() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let witness = RawWorker::attach(&server.control());
+    let mut front_end = front_end(&server);
+    publish(&mut front_end);
+    let mut child = child(&server);
+    say(&witness.socket, &WorkerMessage::ClaimQueues { claim: 1, queues: vec![0] });
+    loop {
+        match hear(&witness.socket).expect("an answer").0 {
+            DaemonMessage::LeaseRefused { queue: 0, .. } => break,
+            DaemonMessage::AddRegion(_) | DaemonMessage::MemoryMap { .. } => {}
+            other => panic!("queue 0 is the child's: {other:?}"),
+        }
+    }
+    let result = front_end.invalidate_and(IOVA, PAGE_SIZE, |_| {
+        witness.wait_until_held();
+        child.kill().expect("killed");
+        Ok(())
+    });
+    result.expect("acknowledged");
+    child.wait().expect("ended");
+    say(&witness.socket, &WorkerMessage::ClaimQueues { claim: 1, queues: vec![0] });
+    assert!(matches!(hear(&witness.socket), Ok((DaemonMessage::Lease(lease), _)) if lease.queue == 0));
+    server.stop();
+}
+
+#[test]
+fn a_closed_connection_is_no_drain() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let mut front_end = front_end(&server);
+    publish(&mut front_end);
+    let RawWorker { socket, segment, table, .. } = {
+        let worker = RawWorker::attach(&server.control());
+        worker.pin();
+        worker
+    };
+    drop(socket);
+    let witness = RawWorker::attach(&server.control());
+    let result = front_end.invalidate_and(IOVA, PAGE_SIZE, |_| {
+        witness.wait_until_held();
+        assert!(table.lookup(IOVA).is_none());
+        iotlb_proto::epoch::unpin(&segment.slots[0].word);
+        Ok(())
+    });
+    result.expect("acknowledged");
+    server.stop();
+}
+
+#[test]
+fn a_stalled_worker_is_revoked() {
+    let _watchdog = watchdog();
+    let server = Running::start_with(|config| {
+        config.stall.report_ms = 1;
+        config.stall.revoke_ms = 20;
+    });
+    let worker = RawWorker::attach(&server.control());
+    let mut front_end = front_end(&server);
+    publish(&mut front_end);
+    worker.pin();
+    let result = front_end.invalidate_and(IOVA, PAGE_SIZE, |_| {
+        loop {
+            if let DaemonMessage::Revoke = hear(&worker.socket).expect("a message").0 {
+                break;
+            }
+        }
+        // Its slot stays pinned: what counts is that it says so.
+        say(&worker.socket, &WorkerMessage::Revoked);
+        Ok(())
+    });
+    result.expect("acknowledged");
+    server.stop();
+}
+
+#[test]
+fn a_stalled_process_is_killed() {
+    let _watchdog = watchdog();
+    let server = Running::start_with(|config| {
+        config.stall.report_ms = 1;
+        config.stall.revoke_ms = 20;
+        config.stall.kill_ms = 100;
+    });
+    let mut front_end = front_end(&server);
+    publish(&mut front_end);
+    let mut child = child(&server);
+    front_end.invalidate(IOVA, PAGE_SIZE).expect("acknowledged");
+    let status = child.wait().expect("ended");
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
+    server.stop();
+}
+
+#[test]
+fn stopping_drains_the_front_end_first() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let worker = RawWorker::attach(&server.control());
+    let mut front_end = front_end(&server);
+    publish(&mut front_end);
+    worker.pin();
+    let control = server.control();
+    let stopper = std::thread::spawn(move || server.stop());
+    worker.wait_until_held();
+    assert!(control.exists(), "the server is gone although a worker holds guest memory");
+    assert!(worker.liveness.alive());
+    worker.unpin();
+    stopper.join().expect("stopped in good order");
+}
+
+#[test]
+fn a_miss_wakes_a_sleeping_server() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let worker = RawWorker::attach(&server.control());
+    // No front-end, so the server answers by itself.
+    let range = IovaRange::from_len(IOVA, 16).expect("range");
+    worker.segment.cells[9].post(77, range, Access::READ);
+    worker.segment.mark_posted(9);
+    if worker.table.header().wake.doorbell_wanted.load(Ordering::Relaxed) != 0 {
+        rustix::io::write(&worker.doorbell, &1_u64.to_ne_bytes()).expect("rings");
+    }
+    let answer = loop {
+        if let Some(answer) = worker.segment.cells[9].answer(77) {
+            break answer;
+        }
+        std::thread::yield_now();
+    };
+    assert_eq!(answer, Answer::Stopped);
+    server.stop();
+}

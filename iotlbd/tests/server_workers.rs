@@ -1,0 +1,199 @@
+//! Workers at the server's door: who is let in, and what becomes of those that misbehave.
+
+mod server_support;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Command, Stdio};
+
+use iotlb_client::{AttachOptions, Attachment};
+use iotlb_proto::control::message::CONTROL_VERSION;
+use iotlb_proto::control::{self, DaemonMessage, Hello, Refusal, WorkerMessage};
+use iotlb_proto::socket::PacketError;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use server_support::{
+    RawWorker, Running, TIMEOUT_MS, connect, hear, hello, own_pidfd, say, started_front_end, watchdog,
+};
+
+/// What the server answers to `hello`, sent with `pidfd`.
+fn refusal(server: &Running, hello: Hello, pidfd: Option<OwnedFd>) -> Refusal {
+    let socket = connect(&server.control());
+    let bytes = control::encode(&WorkerMessage::Hello(hello)).expect("encodes");
+    let fds: Vec<_> = pidfd.iter().map(AsFd::as_fd).collect();
+    socket.send_blocking(&bytes, &fds, TIMEOUT_MS).expect("sends");
+    let (message, fds) = hear(&socket).expect("an answer");
+    assert!(fds.is_empty(), "a refused worker got {} descriptors", fds.len());
+    assert!(matches!(hear(&socket), Err(PacketError::Closed)), "the connection stays open");
+    match message {
+        DaemonMessage::Refused(refusal) => refusal,
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[test]
+fn a_worker_is_welcomed_with_all_it_needs() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let first = RawWorker::attach(&server.control());
+    let second = RawWorker::attach(&server.control());
+    assert!(first.liveness.alive());
+    assert_eq!((first.welcome.queues, first.welcome.device.as_str()), (2, "net0"));
+    assert_ne!(first.welcome.worker, second.welcome.worker);
+    assert_ne!(first.welcome.incarnation, second.welcome.incarnation);
+    drop(second);
+    server.stop();
+    assert!(!first.liveness.alive(), "the server is gone and the worker does not see it");
+}
+
+#[test]
+fn strangers_are_refused_with_a_reason() {
+    let _watchdog = watchdog();
+    let server = Running::start_with(|config| config.max_workers = 1);
+    let own = || Some(own_pidfd());
+    let other_messages = Hello { control_version: CONTROL_VERSION + 1, layout_version: 0, ..hello() };
+    assert_eq!(refusal(&server, other_messages, own()), Refusal::Control { version: CONTROL_VERSION });
+    let other_layout = Hello { layout_hash: 1, ..hello() };
+    assert!(matches!(refusal(&server, other_layout, own()), Refusal::Layout { .. }));
+    let other_version = Hello { layout_version: 0, ..hello() };
+    assert!(matches!(refusal(&server, other_version, own()), Refusal::Layout { .. }));
+    let other_device = Hello { device: String::from("blk7"), ..hello() };
+    assert_eq!(refusal(&server, other_device, own()), Refusal::NoSuchDevice);
+    assert_eq!(refusal(&server, hello(), None), Refusal::Pidfd);
+    let no_pidfd = OwnedFd::from(std::fs::File::open("/dev/null").expect("opens"));
+    assert_eq!(refusal(&server, hello(), Some(no_pidfd)), Refusal::Pidfd);
+
+    let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().expect("starts");
+    let pid = Pid::from_raw(i32::try_from(child.id()).expect("small")).expect("not 0");
+    let foreign = pidfd_open(pid, PidfdFlags::empty()).expect("pidfd");
+    let refused = refusal(&server, hello(), Some(foreign));
+    drop(child.stdin.take());
+    child.wait().expect("ends");
+    assert_eq!(refused, Refusal::Pidfd, "another process's pidfd");
+
+    let inside = RawWorker::attach(&server.control());
+    assert_eq!(refusal(&server, hello(), own()), Refusal::Full);
+    inside.leave();
+    RawWorker::attach(&server.control()).leave();
+    server.stop();
+}
+
+#[test]
+fn garbage_is_shown_the_door_and_disturbs_nobody() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let good = RawWorker::attach(&server.control());
+    for bytes in [&[0xff_u8; 64][..], &[0; 4096], b"GET / HTTP/1.1\r\n\r\n"] {
+        let socket = connect(&server.control());
+        socket.send_blocking(bytes, &[], TIMEOUT_MS).expect("sends");
+        let (message, _) = hear(&socket).expect("an answer");
+        assert!(matches!(message, DaemonMessage::Refused(Refusal::NotAWorker)), "{message:?}");
+    }
+    // No HELLO first.
+    let socket = connect(&server.control());
+    say(&socket, &WorkerMessage::ClaimQueues { claim: 1, queues: vec![0] });
+    assert!(matches!(hear(&socket), Ok((DaemonMessage::Refused(Refusal::NotAWorker), _))));
+    // Garbage from a worker that is attached.
+    let bad = RawWorker::attach(&server.control());
+    bad.socket.send_blocking(&[0xee; 100], &[], TIMEOUT_MS).expect("sends");
+    assert!(matches!(hear(&bad.socket), Err(PacketError::Closed)));
+    // The good one is served as before.
+    say(&good.socket, &WorkerMessage::ClaimQueues { claim: 1, queues: vec![1] });
+    assert!(matches!(hear(&good.socket), Ok((DaemonMessage::Lease(lease), _)) if lease.queue == 1));
+    server.stop();
+}
+
+#[test]
+fn those_that_say_nothing_make_room_after_a_while() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let silent: Vec<_> = (0..40).map(|_| connect(&server.control())).collect();
+    // It waits behind all of them.
+    let worker = RawWorker::attach(&server.control());
+    assert!(matches!(hear(&silent[0]), Err(PacketError::Closed)));
+    worker.leave();
+    server.stop();
+}
+
+#[test]
+fn silent_connections_do_not_keep_a_worker_out_for_as_long_as_it_waits() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let silent: Vec<_> = (0..60).map(|_| connect(&server.control())).collect();
+    let attached = Attachment::connect(&server.control(), &AttachOptions::default());
+    assert!(attached.is_ok(), "{:?}", attached.err());
+    drop((attached, silent));
+    server.stop();
+}
+
+#[test]
+fn every_word_of_a_lease_names_its_claim() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let (first, second) = (RawWorker::attach(&server.control()), RawWorker::attach(&server.control()));
+    let claim = |worker: &RawWorker, claim: u64, queues: &[u16]| {
+        say(&worker.socket, &WorkerMessage::ClaimQueues { claim, queues: queues.to_vec() });
+    };
+    // The next message about a lease: its queue, its claim, and whether it is granted. Memory is not looked at.
+    let answer = |worker: &RawWorker| loop {
+        match hear(&worker.socket).expect("an answer").0 {
+            DaemonMessage::Lease(lease) => return (lease.queue, lease.claim, true),
+            DaemonMessage::LeaseRefused { queue, claim, .. } => return (queue, claim, false),
+            DaemonMessage::AddRegion(_) | DaemonMessage::MemoryMap { .. } => {}
+            other => panic!("unexpected: {other:?}"),
+        }
+    };
+    claim(&first, u64::MAX, &[1, 0]);
+    assert_eq!([answer(&first), answer(&first)], [(1, u64::MAX, true), (0, u64::MAX, true)]);
+    claim(&second, 5, &[0]);
+    assert_eq!(answer(&second), (0, 5, false));
+    // The release of another lease than the present one.
+    say(&first.socket, &WorkerMessage::ReleaseQueue { queue: 0, claim: 7 });
+    // Answered after the release was read.
+    claim(&first, 8, &[1]);
+    assert_eq!(answer(&first), (1, 8, true));
+    claim(&second, 6, &[0]);
+    assert_eq!(answer(&second), (0, 6, false), "a release of no lease freed the queue");
+    say(&first.socket, &WorkerMessage::ReleaseQueue { queue: 0, claim: u64::MAX });
+    claim(&first, 9, &[1]);
+    assert_eq!(answer(&first), (1, 9, true));
+    claim(&second, 6, &[0]);
+    assert_eq!(answer(&second), (0, 6, true));
+    // The front-end brings descriptors: the updates name the claims that the queues have now.
+    let _front_end = started_front_end(&server.front_end());
+    assert_eq!((answer(&first), answer(&second)), ((1, 9, true), (0, 6, true)));
+    server.stop();
+}
+
+#[test]
+fn queues_are_leased_first_come_first_served() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let first = RawWorker::attach(&server.control());
+    let second = RawWorker::attach(&server.control());
+    let claim = |worker: &RawWorker, queue: u16| {
+        say(&worker.socket, &WorkerMessage::ClaimQueues { claim: 1, queues: vec![queue] });
+        match hear(&worker.socket).expect("an answer").0 {
+            DaemonMessage::Lease(lease) => {
+                assert_eq!(lease.queue, queue);
+                true
+            }
+            DaemonMessage::LeaseRefused { queue: refused, reason, .. } => {
+                assert_eq!(refused, queue);
+                assert!(!reason.is_empty());
+                false
+            }
+            other => panic!("unexpected: {other:?}"),
+        }
+    };
+    assert!(claim(&first, 0));
+    assert!(!claim(&second, 0), "leased twice");
+    assert!(claim(&second, 1));
+    assert!(!claim(&first, 2), "there are two queues");
+    first.leave();
+    assert!(claim(&second, 0), "free again");
+    say(&second.socket, &WorkerMessage::ReleaseQueue { queue: 0, claim: 1 });
+    let third = RawWorker::attach(&server.control());
+    // Messages of different workers have no order, so the release is waited for by asking on the same connection.
+    assert!(claim(&second, 1));
+    assert!(claim(&third, 0));
+    server.stop();
+}
