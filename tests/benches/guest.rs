@@ -1,0 +1,156 @@
+//! `cargo bench -p iotlb-tests --bench guest`: what a real guest carries over a TAP, served by `iotlbd` and
+//! `iotlb-net`, against QEMU's own device on the same kind of TAP in the same run. Prints a table, writes
+//! `bench-guest.json` into the
+//! build directory. Needs what `tests/guest.rs` needs.
+//!
+//! An argument limits the run to modes whose name contains it. From the environment: `IOTLBD_GUEST_ROUNDS` guests of
+//! each kind, in turn; `IOTLBD_GUEST_SECONDS` for each of [`REPEATS`] transfers each way in a guest;
+//! `IOTLBD_GUEST_WORKER`, another build of `iotlb-net` to be compared.
+
+use std::path::PathBuf;
+
+use iotlb_tests::bench::report::json_path;
+use iotlb_tests::guest::{
+    Backend, GuestError, Iommu, Kernel, Logs, Machine, MachineOptions, Network, Qemu, checks, skipped,
+};
+
+/// Transfers each way in one guest.
+const REPEATS: usize = 3;
+/// Guests of each kind, unless said otherwise.
+const ROUNDS: usize = 3;
+/// Seconds a transfer takes, unless said otherwise.
+const SECONDS: u32 = 3;
+
+/// Modes of the guest's IOMMU, and the share of the reference's throughput that is wanted.
+const MODES: [(&str, Iommu, f64); 3] =
+    [("passthrough", Iommu::Passthrough, 0.8), ("lazy", Iommu::Lazy, 0.4), ("strict", Iommu::Strict, 0.1)];
+
+/// Who serves the guest's device.
+#[derive(Clone, Debug)]
+enum Contestant {
+    /// QEMU itself.
+    Reference,
+    /// A daemon and two workers.
+    Ours { name: &'static str, arguments: &'static [&'static str], worker: Option<PathBuf> },
+}
+
+impl Contestant {
+    fn name(&self) -> &'static str {
+        match self {
+            Contestant::Reference => "QEMU in-process",
+            Contestant::Ours { name, .. } => name,
+        }
+    }
+
+    /// Boots a guest and measures; Mbit/s from and to the guest.
+    fn measure(&self, iommu: Iommu, logs: &Logs, seconds: u32) -> Result<[Vec<f64>; 2], GuestError> {
+        let _network = Network::new(matches!(self, Contestant::Ours { .. }))?;
+        let backend = match self {
+            Contestant::Reference => None,
+            Contestant::Ours { arguments, worker, .. } => Some(Backend::tap_with(logs, arguments, worker.as_deref())?),
+        };
+        let socket = backend.as_ref().map(Backend::front_socket);
+        let options = MachineOptions { qemu: Qemu::V10, kernel: Kernel::V6_12, iommu, vhost_user: socket.as_deref() };
+        let mut machine = Machine::boot(&options, logs)?;
+        let speeds = checks::throughput(&mut machine, logs, seconds, REPEATS)?;
+        let features = machine.run("cat /sys/class/net/eth0/device/features")?;
+        machine.power_off()?;
+        if let Some(backend) = backend {
+            backend.end()?;
+        }
+        checks::no_trouble(logs)?;
+        println!("{iommu:?}, {}: {speeds:.0?}, features {}", self.name(), bits(features.trim()));
+        Ok(speeds)
+    }
+}
+
+/// A device's feature string, lowest bit first, as the numbers of its bits.
+fn bits(features: &str) -> String {
+    let set = features.bytes().enumerate().filter(|(_, bit)| *bit == b'1').map(|(number, _)| number.to_string());
+    set.collect::<Vec<_>>().join(" ")
+}
+
+fn setting<T: std::str::FromStr>(name: &str, otherwise: T) -> T {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(otherwise)
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn main() {
+    if skipped() {
+        return;
+    }
+    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
+    let (rounds, seconds) = (setting("IOTLBD_GUEST_ROUNDS", ROUNDS), setting("IOTLBD_GUEST_SECONDS", SECONDS));
+    let mut contestants = vec![
+        Contestant::Reference,
+        Contestant::Ours { name: "iotlb-net", arguments: &[], worker: None },
+        Contestant::Ours { name: "iotlb-net, no look-ahead", arguments: &["--lookahead", "0"], worker: None },
+    ];
+    if let Some(path) = std::env::var_os("IOTLBD_GUEST_WORKER") {
+        let worker = Some(PathBuf::from(path));
+        contestants.push(Contestant::Ours { name: "iotlb-net, another build", arguments: &[], worker });
+    }
+    let mut rows = Vec::new();
+    for (mode, iommu, wanted) in MODES.into_iter().filter(|(mode, ..)| mode.contains(&filter)) {
+        // All misses of passthrough come once, so there is nothing that look-ahead could change.
+        let here: Vec<&Contestant> =
+            contestants.iter().filter(|c| iommu != Iommu::Passthrough || !c.name().contains("look-ahead")).collect();
+        let mut speeds = vec![[Vec::new(), Vec::new()]; here.len()];
+        for round in 0..rounds {
+            for (number, contestant) in here.iter().enumerate() {
+                eprintln!("{mode}, round {} of {rounds}: {}", round + 1, contestant.name());
+                match one(contestant, iommu, mode, number, seconds) {
+                    Ok(ways) => ways.into_iter().zip(&mut speeds[number]).for_each(|(new, all)| all.extend(new)),
+                    Err(error) => {
+                        eprintln!("{mode}, {}: {error}", contestant.name());
+                        std::process::exit(1);
+                    }
+                }
+            }
+        }
+        let medians: Vec<[f64; 2]> = speeds.iter_mut().map(|ways| [0, 1].map(|way| median(&mut ways[way]))).collect();
+        for (way, direction) in ["from the guest", "to the guest"].into_iter().enumerate() {
+            let reference = medians[0][way];
+            for ((contestant, median), all) in here.iter().zip(&medians).zip(&speeds).skip(1) {
+                let (ours, ratio) = (median[way], median[way] / reference);
+                println!(
+                    "{mode:<12} {direction:<15} {:<26} {ours:>6.0} Mbit/s, reference {reference:>6.0}: {ratio:.2} \
+                     of it (wanted {wanted})",
+                    contestant.name()
+                );
+                rows.push(serde_json::json!({
+                    "mode": mode, "direction": direction, "contestant": contestant.name(), "mbit_per_s": ours,
+                    "reference_mbit_per_s": reference, "ratio": ratio, "wanted": wanted, "ok": ratio >= wanted,
+                    "all_mbit_per_s": all[way],
+                }));
+            }
+        }
+    }
+    let path = json_path().with_file_name("bench-guest.json");
+    let text = serde_json::Value::Array(rows).to_string() + "\n";
+    if let Err(error) = std::fs::write(&path, text) {
+        eprintln!("cannot write {}: {error}", path.display());
+        std::process::exit(1);
+    }
+}
+
+/// In a thread of its own: the network namespace is the thread's, and ends with it.
+fn one(
+    contestant: &Contestant,
+    iommu: Iommu,
+    mode: &str,
+    number: usize,
+    seconds: u32,
+) -> Result<[Vec<f64>; 2], GuestError> {
+    std::thread::scope(|scope| {
+        let run = scope.spawn(|| {
+            let logs = Logs::new(&format!("bench-{mode}-{number}"))?;
+            contestant.measure(iommu, &logs, seconds)
+        });
+        run.join().unwrap_or_else(|_| Err(GuestError::Check("the measuring thread panicked".to_owned())))
+    })
+}

@@ -1,0 +1,111 @@
+//! How long the front-end waits for an acknowledgement, against a peer that sends 20 bytes for 44 and does nothing
+//! else.
+
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+
+use rustix::thread::CpuSet;
+
+use super::place::{Place, bind, restore};
+use super::service::{ACK_LEN, IOTLB_LEN, IOVA_BASE, Service, invalidate, round_trip};
+use super::{Outcome, median_ns, time_ns};
+use crate::bench::peers::PAGE;
+use crate::bench::report::{Row, Target};
+
+/// Blocks of each contestant, in turn.
+const BLOCKS: u64 = 41;
+/// Messages in a block.
+const BLOCK: u64 = 200;
+/// The first of a block are not counted: who answers them has to wake up.
+const WARM_UP: u64 = 20;
+/// Messages that find the other side asleep.
+const COLD: u64 = 400;
+/// Pause before each of them: longer than anybody polls.
+const COLD_PAUSE: Duration = Duration::from_micros(600);
+/// How long the echo polls after a message before it sleeps, about as long as the daemon.
+const ECHO_POLLS: Duration = Duration::from_micros(50);
+
+/// Adds the rows.
+pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> Outcome {
+    eprintln!("daemon: acknowledgements");
+    // A daemon that finds itself confined to one processor does not poll, so it is started unconfined.
+    restore(everywhere);
+    let service = Service::start(place.answerer, false)?;
+    bind(place.asker);
+    let (echo, answering) = UnixStream::pair()?;
+    let answerer = place.answerer;
+    let thread = std::thread::spawn(move || answer(&answering, answerer));
+    let (mut updates, mut invalidates, mut echoes) = (Vec::new(), Vec::new(), Vec::new());
+    for block in 0..BLOCKS {
+        for n in 0..BLOCK {
+            let iova = IOVA_BASE + (block % 16 * BLOCK + n) * PAGE;
+            let (update_ns, done) = time_ns(|| round_trip(&service.main, &service.update(iova)));
+            done?;
+            let (invalidate_ns, done) = time_ns(|| round_trip(&service.main, &invalidate(iova)));
+            done?;
+            if n >= WARM_UP {
+                updates.push(update_ns);
+                invalidates.push(invalidate_ns);
+            }
+        }
+        for n in 0..2 * BLOCK {
+            let (echo_ns, done) = time_ns(|| round_trip(&echo, &invalidate(IOVA_BASE)));
+            done?;
+            if n >= WARM_UP {
+                echoes.push(echo_ns);
+            }
+        }
+    }
+    let echo_ns = median_ns(&mut echoes);
+    for (name, times) in [("UPDATE", &mut updates), ("INVALIDATE", &mut invalidates)] {
+        let name = format!("{name} acknowledged, one after the other");
+        rows.push(Row::new(name, "ns", median_ns(times), echo_ns, "echo, polling", Target::CostsAtMost(1.2)));
+    }
+    let (mut cold, mut cold_echoes) = (Vec::new(), Vec::new());
+    for n in 0..COLD {
+        let iova = IOVA_BASE + n * PAGE;
+        // Sleeping is what is measured: both sides are to be asleep when the message comes.
+        std::thread::sleep(COLD_PAUSE);
+        let (update_ns, done) = time_ns(|| round_trip(&service.main, &service.update(iova)));
+        done?;
+        std::thread::sleep(COLD_PAUSE);
+        let (echo_ns, done) = time_ns(|| round_trip(&echo, &invalidate(iova)));
+        done?;
+        cold.push(update_ns);
+        cold_echoes.push(echo_ns);
+    }
+    let (cold, cold_echo) = (median_ns(&mut cold), median_ns(&mut cold_echoes));
+    rows.push(Row::new(
+        "UPDATE acknowledged, now and then",
+        "ns",
+        cold,
+        cold_echo,
+        "echo, asleep",
+        Target::CostsAtMost(1.2),
+    ));
+    drop(echo);
+    thread.join().map_err(|_| "the echo panicked")?;
+    Ok(())
+}
+
+/// The peer: polls for a while after a message, yielding, then sleeps.
+fn answer(stream: &UnixStream, cpu: Option<usize>) {
+    bind(cpu);
+    let mut message = [0; IOTLB_LEN];
+    let mut awake_until = Instant::now();
+    loop {
+        let flags = if Instant::now() < awake_until { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
+        match recv(stream, &mut message[..], flags) {
+            Ok((IOTLB_LEN, _)) => {
+                if send(stream, &[0; ACK_LEN], SendFlags::NOSIGNAL).is_err() {
+                    return;
+                }
+                awake_until = Instant::now() + ECHO_POLLS;
+            }
+            Err(rustix::io::Errno::AGAIN) => std::thread::yield_now(),
+            _ => return,
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! What the daemon answers, and how fast: acknowledgements, misses, grace periods.
+//!
+//! | module | rows |
+//! | --- | --- |
+//! | [`ack`] | UPDATE and INVALIDATE against a bare echo |
+//! | [`miss`] | a miss from worker to worker against the sum of its hops; 32 cold pages |
+//! | [`drain`] | taking a page away while another process reads; looking at idle readers |
+//! | [`service`] | a daemon whose front-end is a pair of raw sockets |
+//! | [`place`] | which thread runs where |
+
+pub mod ack;
+pub mod drain;
+pub mod miss;
+pub mod place;
+pub mod service;
+
+use super::report::Row;
+
+/// What can go wrong is of interest only as text: the run ends.
+pub type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+/// Adds all rows.
+///
+/// # Errors
+/// Something does not start, or a daemon answers what it should not.
+pub fn rows(rows: &mut Vec<Row>) -> Outcome {
+    drain::reader_if_child()?;
+    let place = place::Place::find();
+    let former = place::current();
+    let result = ack::rows(rows, &place, &former)
+        .and_then(|()| miss::rows(rows, &place, &former))
+        .and_then(|()| drain::rows(rows, &place));
+    // What is measured after this runs where it likes.
+    place::restore(&former);
+    result
+}
+
+/// The middle one, in nanoseconds.
+pub(crate) fn median_ns(times: &mut [f64]) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// How long `work` took, in nanoseconds.
+pub(crate) fn time_ns<T>(work: impl FnOnce() -> T) -> (f64, T) {
+    let start = std::time::Instant::now();
+    let result = work();
+    (start.elapsed().as_secs_f64() * 1e9, result)
+}

@@ -1,0 +1,126 @@
+//! A daemon whose front-end speaks over raw sockets: nothing in between that costs time.
+
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::thread::JoinHandle;
+
+use iotlb_client::{Access, AttachOptions, Attachment};
+use iotlbd::server::{DeviceKind, FrontEndSource, Server, ServerConfig, ServerError};
+use iotlbd::sim::wire::{HEADER_LEN, Iotlb, MessageHeader, code};
+use iotlbd::sim::{FrontEnd, FrontEndOptions, Guest, Unmapping, VirtioNet};
+
+use crate::bench::peers::PAGE;
+
+/// Bytes of an UPDATE, an INVALIDATE, a MISS.
+pub const IOTLB_LEN: usize = HEADER_LEN + Iotlb::LEN;
+/// Bytes of an acknowledgement.
+pub const ACK_LEN: usize = HEADER_LEN + 8;
+/// First address used. Far from those the driver takes for its rings.
+pub const IOVA_BASE: u64 = 1 << 40;
+
+/// A daemon, a front-end after its handshake, a worker. Ends when dropped.
+#[derive(Debug)]
+pub struct Service {
+    /// The front-end's main channel.
+    pub main: UnixStream,
+    /// Its back-end channel.
+    pub back_end: UnixStream,
+    /// The worker.
+    pub worker: Attachment,
+    /// A page of guest memory, as the front-end names it.
+    pub user_address: u64,
+    _driver: VirtioNet,
+    _front_end: FrontEnd,
+    _folder: tempfile::TempDir,
+    stop: Option<std::io::PipeWriter>,
+    daemon: Option<JoinHandle<Result<(), ServerError>>>,
+}
+
+impl Service {
+    /// Starts it, with the daemon's loop on `cpu`.
+    ///
+    /// # Errors
+    /// Something does not start.
+    pub fn start(cpu: Option<usize>, busy_poll: bool) -> Result<Service, Box<dyn std::error::Error>> {
+        let folder = tempfile::tempdir()?;
+        let (socket, control) = (folder.path().join("vhost.sock"), folder.path().join("control.sock"));
+        let source = FrontEndSource::Path { path: socket.clone(), mode: 0o600 };
+        let mut config = ServerConfig::new(DeviceKind::Net { queue_pairs: 1 }, source, control.clone());
+        (config.cpu, config.busy_poll) = (cpu, busy_poll);
+        let server = Server::start(config)?;
+        let (stop_reader, stop) = std::io::pipe()?;
+        let daemon = std::thread::spawn(move || server.run(OwnedFd::from(stop_reader)));
+        let mut front_end = FrontEnd::connect(&socket, Guest::new(0, 4 << 20)?, FrontEndOptions::default())?;
+        let driver = VirtioNet::start(&mut front_end, Unmapping::Strict)?;
+        let worker =
+            Attachment::connect(&control, &AttachOptions { label: "bench".into(), ..AttachOptions::default() })?;
+        let page = front_end.guest.allocate()?;
+        let user_address = front_end.guest.user_address(page)?;
+        front_end.serve_misses()?;
+        let (main, back_end) = front_end.channels();
+        let main = UnixStream::from(main.try_clone_to_owned()?);
+        let back_end = UnixStream::from(back_end.ok_or("no back-end channel")?.try_clone_to_owned()?);
+        main.set_nonblocking(false)?;
+        back_end.set_nonblocking(false)?;
+        Ok(Service {
+            main,
+            back_end,
+            worker,
+            user_address,
+            _driver: driver,
+            _front_end: front_end,
+            _folder: folder,
+            stop: Some(stop),
+            daemon: Some(daemon),
+        })
+    }
+
+    /// An UPDATE of the page at `iova`.
+    #[must_use]
+    pub fn update(&self, iova: u64) -> [u8; IOTLB_LEN] {
+        update(iova, self.user_address)
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // Whoever reads one of the channels meanwhile is to notice. An Err: it is closed already.
+        let _ = self.main.shutdown(std::net::Shutdown::Both);
+        drop(self.stop.take());
+        if let Some(daemon) = self.daemon.take() {
+            // The daemon's own result was of interest only while something could be done about it.
+            let _ = daemon.join();
+        }
+    }
+}
+
+/// An UPDATE of one page.
+#[must_use]
+pub fn update(iova: u64, user_address: u64) -> [u8; IOTLB_LEN] {
+    message(&Iotlb::update(iova, PAGE, user_address, Access::READ_WRITE))
+}
+
+/// An INVALIDATE of one page.
+#[must_use]
+pub fn invalidate(iova: u64) -> [u8; IOTLB_LEN] {
+    message(&Iotlb::invalidate(iova, PAGE))
+}
+
+fn message(body: &Iotlb) -> [u8; IOTLB_LEN] {
+    let mut bytes = [0; IOTLB_LEN];
+    bytes[..HEADER_LEN].copy_from_slice(&MessageHeader::request(code::IOTLB_UPDATE, Iotlb::LEN, true).encode());
+    bytes[HEADER_LEN..].copy_from_slice(&body.encode());
+    bytes
+}
+
+/// Sends a message and waits for its acknowledgement, blocking as QEMU does.
+///
+/// # Errors
+/// The connection is over, or the answer is not zero.
+pub fn round_trip(mut stream: &UnixStream, message: &[u8; IOTLB_LEN]) -> std::io::Result<()> {
+    stream.write_all(message)?;
+    let mut ack = [0; ACK_LEN];
+    stream.read_exact(&mut ack)?;
+    if ack[HEADER_LEN..] == [0; 8] { Ok(()) } else { Err(std::io::Error::other("the daemon refused a message")) }
+}

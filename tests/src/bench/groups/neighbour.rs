@@ -1,0 +1,62 @@
+//! Two processes at once: what a lookup loses when another process looks up in the same table.
+
+use super::{Outcome, Run, hit, visits};
+use crate::bench::child::{Helper, order};
+use crate::bench::measure::{median, thread_time};
+use crate::bench::report::{Row, Target};
+use crate::bench::rig::Rig;
+
+/// Entries in the table.
+const ENTRIES: u64 = 2_048;
+/// Lookups in one round: some milliseconds.
+const LOOKUPS: u64 = 1 << 20;
+/// Loads in one round.
+const LOADS: u64 = 1 << 22;
+
+/// Measures the group.
+///
+/// # Errors
+/// The service or the neighbour does not start.
+pub fn run(run: &mut Run) -> Outcome {
+    eprintln!("neighbour: two processes at once");
+    let mut rig = Rig::start()?;
+    let pages = rig.fill(ENTRIES)?;
+    let visits = visits(&pages);
+    let reader = rig.worker.reader()?;
+    let line = vec![1_u64; 8];
+    let mut neighbour = Helper::neighbour(&rig.control_socket(), ENTRIES)?;
+    let mut at = 0;
+    let mut lookups = |order: u8, neighbour: &mut Helper| -> Result<f64, Box<dyn std::error::Error>> {
+        neighbour.order(order)?;
+        let start = thread_time();
+        at = hit::bursts(&reader, &visits, at, LOOKUPS);
+        Ok(thread_time().saturating_sub(start).as_secs_f64() * 1e9 / LOOKUPS as f64)
+    };
+    let loads = |order: u8, neighbour: &mut Helper| -> Result<f64, Box<dyn std::error::Error>> {
+        neighbour.order(order)?;
+        let start = thread_time();
+        hit::l1_chain(&line, LOADS);
+        Ok(thread_time().saturating_sub(start).as_secs_f64() * 1e9 / LOADS as f64)
+    };
+    let (mut ours, mut l1) = (Vec::new(), Vec::new());
+    let (mut alone, mut together) = (Vec::new(), Vec::new());
+    lookups(order::REST, &mut neighbour)?;
+    for _ in 0..run.rounds() {
+        // Each pair one after the other, so that what else the machine does hits both.
+        let first = lookups(order::REST, &mut neighbour)?;
+        let second = lookups(order::LOOKUPS, &mut neighbour)?;
+        ours.push(second / first);
+        alone.push(first);
+        together.push(second);
+        let first = loads(order::REST, &mut neighbour)?;
+        let second = loads(order::LOADS, &mut neighbour)?;
+        l1.push(second / first);
+    }
+    neighbour.order(order::REST)?;
+    let (alone, together) = (median(alone), median(together));
+    let name = "random hit, 2048 entries, a second process looks up too";
+    run.rows.push(Row::new(name, "ns", together, alone, "ours, alone", Target::None));
+    let name = "factor lost to a neighbour, lookups against loads";
+    run.rows.push(Row::new(name, "x", median(ours), median(l1), "L1 loads in both", Target::CostsAtMost(1.1)));
+    Ok(())
+}

@@ -1,0 +1,15 @@
+//! What the tests of more than one process share.
+//!
+//! - [`mod@bench`]: measuring against peers.
+//! - [`containers`]: the shipped image, built and run with podman.
+//! - [`guest`]: real guests under QEMU.
+
+pub mod bench;
+pub mod containers;
+pub mod guest;
+
+/// The README's Rust code, so that it keeps compiling.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+#[derive(Debug)]
+pub struct Readme;
