@@ -8,9 +8,7 @@ use std::os::fd::OwnedFd;
 use iotlb_proto::access::Access;
 use iotlb_proto::table::{TableConfig, TableWriter};
 use iotlb_proto::vhost_user::header::{FLAG_NEED_REPLY, FLAG_VERSION};
-use iotlb_proto::vhost_user::{
-    Header, IotlbMessage, MemoryRegion, Request, RequestCode, VringAddress, VringFd, VringState,
-};
+use iotlb_proto::vhost_user::{Header, IotlbMessage, MemoryRegion, Request, VringAddress, VringFd, VringState};
 use iotlb_proto::worker::{Answer, MissRequest};
 use iotlbd::device::{Action, Device, DeviceConfig, Event, ReplyPayload, WorkerId};
 
@@ -181,44 +179,6 @@ pub fn channel() -> OwnedFd {
 }
 
 pub fn header(request: &Request, need_reply: bool) -> Header {
-    let code = match request {
-        Request::GetFeatures => RequestCode::GetFeatures,
-        Request::SetFeatures(_) => RequestCode::SetFeatures,
-        Request::SetOwner => RequestCode::SetOwner,
-        Request::ResetOwner => RequestCode::ResetOwner,
-        Request::SetMemTable(_) => RequestCode::SetMemTable,
-        Request::SetLogBase { .. } => RequestCode::SetLogBase,
-        Request::SetLogFd(_) => RequestCode::SetLogFd,
-        Request::SetVringNum(_) => RequestCode::SetVringNum,
-        Request::SetVringAddr(_) => RequestCode::SetVringAddr,
-        Request::SetVringBase(_) => RequestCode::SetVringBase,
-        Request::GetVringBase { .. } => RequestCode::GetVringBase,
-        Request::SetVringKick(_) => RequestCode::SetVringKick,
-        Request::SetVringCall(_) => RequestCode::SetVringCall,
-        Request::SetVringErr(_) => RequestCode::SetVringErr,
-        Request::GetProtocolFeatures => RequestCode::GetProtocolFeatures,
-        Request::SetProtocolFeatures(_) => RequestCode::SetProtocolFeatures,
-        Request::GetQueueNum => RequestCode::GetQueueNum,
-        Request::SetVringEnable(_) => RequestCode::SetVringEnable,
-        Request::SendRarp => RequestCode::SendRarp,
-        Request::NetSetMtu(_) => RequestCode::NetSetMtu,
-        Request::SetBackendReqFd(_) => RequestCode::SetBackendReqFd,
-        Request::Iotlb(_) => RequestCode::IotlbMsg,
-        Request::GetConfig { .. } => RequestCode::GetConfig,
-        Request::SetConfig { .. } => RequestCode::SetConfig,
-        Request::GetInflightFd { .. } => RequestCode::GetInflightFd,
-        Request::SetInflightFd { .. } => RequestCode::SetInflightFd,
-        Request::ResetDevice => RequestCode::ResetDevice,
-        Request::GetMaxMemSlots => RequestCode::GetMaxMemSlots,
-        Request::AddMemReg(..) => RequestCode::AddMemReg,
-        Request::RemMemReg(_) => RequestCode::RemMemReg,
-        Request::SetStatus(_) => RequestCode::SetStatus,
-        Request::GetStatus => RequestCode::GetStatus,
-        Request::Unknown(number) => {
-            let flags = FLAG_VERSION | if need_reply { FLAG_NEED_REPLY } else { 0 };
-            return Header { request: *number, flags, size: 0 };
-        }
-    };
     let flags = FLAG_VERSION | if need_reply { FLAG_NEED_REPLY } else { 0 };
-    Header { request: code as u32, flags, size: 0 }
+    Header { request: request.number(), flags, size: 0 }
 }
