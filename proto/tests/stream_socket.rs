@@ -10,7 +10,9 @@ use iotlb_proto::access::Access;
 use iotlb_proto::socket::stream::{OUTGOING_BYTES_MAX, OUTGOING_FDS_MAX};
 use iotlb_proto::socket::{AddressError, MessageStream, Received, StreamError, StreamListener};
 use iotlb_proto::vhost_user::header::{FDS_MAX, HEADER_LEN, PAYLOAD_MAX};
-use iotlb_proto::vhost_user::{Header, HeaderError, Incoming, IotlbMessage, Request, backend_iotlb, decode, encode};
+use iotlb_proto::vhost_user::{
+    Header, HeaderError, Incoming, IotlbMessage, Request, VringFd, backend_iotlb, decode, encode,
+};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 const WATCHDOG_MS: u32 = 20_000;
@@ -89,6 +91,94 @@ fn messages_do_not_take_each_others_bytes_or_descriptors() {
         assert_eq!(fds.len(), expected);
     }
     would_block(&mut stream);
+}
+
+/// After an IOTLB message the next one is expected to be as long, so the read may reach into the message behind a
+/// shorter one.
+#[test]
+fn descriptors_stay_with_their_message_when_a_read_reaches_into_the_next() {
+    let kick = |index, fd: Option<OwnedFd>| Request::SetVringKick(VringFd { index, fd });
+    let cases: [[Request; 3]; 5] = [
+        [Request::GetFeatures, kick(1, Some(null())), Request::GetStatus],
+        [kick(1, None), kick(2, Some(null())), Request::GetFeatures],
+        [kick(1, Some(null())), Request::GetFeatures, kick(2, Some(null()))],
+        [Request::SetBackendReqFd(null()), Request::SetBackendReqFd(null()), Request::SetOwner],
+        [Request::SetOwner, Request::SetStatus(8), Request::SetBackendReqFd(null())],
+    ];
+    for requests in cases {
+        // Each sent by itself, as front-ends do; all may wait by the time they are read. Then at most one of them with
+        // descriptors and all in one go.
+        for at_once in [false, true] {
+            let (mut stream, peer) = pair();
+            send_raw(&peer, &update(), &[]);
+            assert!(matches!(stream.receive(), Ok(Received::Message { .. })));
+            let sent: Vec<_> = requests.iter().map(|request| encode(request, false).expect("encodes")).collect();
+            let with_descriptors = sent.iter().filter(|outgoing| !outgoing.fds.is_empty()).count();
+            if at_once && with_descriptors == 1 {
+                let bytes: Vec<u8> = sent.iter().flat_map(|outgoing| outgoing.bytes.clone()).collect();
+                let fds: Vec<_> = sent.iter().flat_map(|outgoing| outgoing.fds.clone()).collect();
+                // Descriptors stand at the first byte, which is right for a first message only.
+                if sent[0].fds.is_empty() {
+                    continue;
+                }
+                send_raw(&peer, &bytes, &fds);
+            } else {
+                for outgoing in &sent {
+                    send_raw(&peer, &outgoing.bytes, &outgoing.fds);
+                }
+            }
+            for (number, outgoing) in sent.iter().enumerate() {
+                let Ok(Received::Message { header, payload, fds }) = stream.receive() else {
+                    panic!("{requests:?}: message {number} is missing")
+                };
+                assert_eq!(fds.len(), outgoing.fds.len(), "{requests:?}: message {number}");
+                assert!(decode(header, &payload, fds).is_ok(), "{requests:?}: message {number}");
+            }
+            would_block(&mut stream);
+        }
+    }
+}
+
+#[test]
+fn a_message_that_is_read_ahead_may_be_cut_at_every_byte() {
+    let bytes = [Header::request(1, 0, false).to_bytes().to_vec(), update(), update()].concat();
+    for cut in 1..bytes.len() {
+        let (mut stream, mut peer) = pair();
+        peer.write_all(&update()).expect("writes");
+        let mut sizes = Vec::new();
+        for part in [&bytes[..cut], &bytes[cut..]] {
+            peer.write_all(part).expect("writes");
+            while let Ok(Received::Message { header, payload, fds }) = stream.receive() {
+                sizes.push(payload.len());
+                assert!(decode(header, &payload, fds).is_ok(), "cut at {cut}");
+            }
+        }
+        assert_eq!(sizes, [32, 0, 32, 32], "cut at {cut}");
+    }
+}
+
+#[test]
+fn messages_that_were_put_together_arrive_in_order() {
+    let (mut stream, mut peer) = pair();
+    let (one, two) = (Header::reply(1, 0).to_bytes(), Header::reply(2, 0).to_bytes());
+    assert!(matches!(stream.put(&[]), Err(StreamError::Unsendable { .. })));
+    stream.put(&one).expect("room");
+    stream.put(&two).expect("room");
+    assert!(stream.wants_write());
+    // What is sent at once stays behind them, and its descriptors with it.
+    stream.send(&one, &[null().as_fd()]).expect("room");
+    stream.put(&two).expect("room");
+    stream.flush().expect("sends");
+    assert!(!stream.wants_write());
+    let mut bytes = [0; 4 * HEADER_LEN];
+    peer.read_exact(&mut bytes[..2 * HEADER_LEN]).expect("reads");
+    peer.read_exact(&mut bytes[2 * HEADER_LEN..]).expect("reads");
+    assert_eq!(bytes, *[one, two, one, two].concat());
+    let mut full = Ok(());
+    while full.is_ok() {
+        full = stream.put(&[7; 4096]);
+    }
+    assert!(matches!(full, Err(StreamError::OutgoingFull { bytes: OUTGOING_BYTES_MAX, .. })), "{full:?}");
 }
 
 #[test]

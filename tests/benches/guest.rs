@@ -5,7 +5,8 @@
 //!
 //! An argument limits the run to modes whose name contains it. From the environment: `IOTLBD_GUEST_ROUNDS` guests of
 //! each kind, in turn; `IOTLBD_GUEST_SECONDS` for each of [`REPEATS`] transfers each way in a guest;
-//! `IOTLBD_GUEST_WORKER`, another build of `iotlb-net` to be compared.
+//! `IOTLBD_GUEST_WORKER`, another build of `iotlb-net` to be compared; `IOTLBD_GUEST_ONLY`, only contestants whose name
+//! contains it, the first of them being the reference: to look at one of them closely.
 
 use std::path::PathBuf;
 
@@ -94,6 +95,9 @@ fn main() {
         let worker = Some(PathBuf::from(path));
         contestants.push(Contestant::Ours { name: "iotlb-net, another build", arguments: &[], worker });
     }
+    if let Ok(only) = std::env::var("IOTLBD_GUEST_ONLY") {
+        contestants.retain(|contestant| contestant.name().contains(&only));
+    }
     let mut rows = Vec::new();
     for (mode, iommu, wanted) in MODES.into_iter().filter(|(mode, ..)| mode.contains(&filter)) {
         // All misses of passthrough come once, so there is nothing that look-ahead could change.
@@ -114,7 +118,7 @@ fn main() {
         }
         let medians: Vec<[f64; 2]> = speeds.iter_mut().map(|ways| [0, 1].map(|way| median(&mut ways[way]))).collect();
         for (way, direction) in ["from the guest", "to the guest"].into_iter().enumerate() {
-            let reference = medians[0][way];
+            let Some(reference) = medians.first().map(|median| median[way]) else { continue };
             for ((contestant, median), all) in here.iter().zip(&medians).zip(&speeds).skip(1) {
                 let (ours, ratio) = (median[way], median[way] / reference);
                 println!(

@@ -1,8 +1,14 @@
 //! vhost-user messages over an `AF_UNIX` stream, one whole message at a time, without ever waiting.
 //!
-//! A stream keeps no borders, but descriptors sit at a byte of it. So never more bytes are read than belong to the
-//! present message: first the header, then exactly as much payload as it announces. Whatever descriptors arrive with
-//! any of these bytes are the message's.
+//! A stream keeps no borders, but descriptors sit at a byte of it. So first the header is read, then exactly as much
+//! payload as it announces: whatever descriptors arrive with any of these bytes are the message's. Where short messages
+//! of one length follow each other, as IOTLB messages and acknowledgements do for hours, the next one is read in one
+//! go. Should a shorter one come, the read reaches into the message behind it; then descriptors belong to the first of
+//! the two that by its request has any (the kernel ends a read behind the first piece that carries some, so they never
+//! are from a third).
+//!
+//! Messages out are sent at once, or put together ([`MessageStream::put`]) and sent in one go: to wake up a peer costs
+//! more than to send it another message.
 
 use std::collections::VecDeque;
 use std::io;
@@ -14,13 +20,18 @@ use nix::poll::PollFlags;
 
 use super::address::{self, AddressError, Kind};
 use super::ancillary;
+use crate::vhost_user::codec::may_carry_descriptors;
 use crate::vhost_user::header::{FDS_MAX, HEADER_LEN, Header, HeaderError, Incoming};
+use crate::vhost_user::iotlb::IOTLB_LEN;
 
 /// Most bytes that wait to be sent. A peer that reads nothing for that long has stopped: 64 KiB are some 1,500 IOTLB
 /// messages, on top of the 200 or so that fit the socket itself.
 pub const OUTGOING_BYTES_MAX: usize = 64 * 1024;
 /// Most descriptors that wait to be sent: a few memory tables.
 pub const OUTGOING_FDS_MAX: usize = 4 * FDS_MAX;
+
+/// Longest message that is read in one go: an IOTLB message.
+const AHEAD_MAX: usize = HEADER_LEN + IOTLB_LEN;
 
 /// What [`MessageStream::receive`] found.
 #[derive(Debug)]
@@ -102,18 +113,48 @@ pub enum StreamError {
 /// What has come of the message at hand.
 #[derive(Debug, Default)]
 struct Partial {
-    head: [u8; HEADER_LEN],
     header: Option<Header>,
     /// As long as the header announces, once there is one.
     payload: Vec<u8>,
-    /// Bytes filled: of `head` while there is no header, of `payload` after.
+    /// Bytes of `payload` that have come.
     filled: usize,
     fds: Vec<OwnedFd>,
 }
 
-impl Partial {
-    fn bytes(&self) -> usize {
-        self.filled + if self.header.is_some() { HEADER_LEN } else { 0 }
+/// Bytes that were read and belong to no header yet.
+#[derive(Debug)]
+struct Ahead {
+    bytes: [u8; AHEAD_MAX],
+    filled: usize,
+    fds: Vec<OwnedFd>,
+    /// How long the next message is expected to be; at least a header.
+    expected: usize,
+}
+
+impl Default for Ahead {
+    fn default() -> Ahead {
+        Ahead { bytes: [0; AHEAD_MAX], filled: 0, fds: Vec::new(), expected: HEADER_LEN }
+    }
+}
+
+impl Ahead {
+    /// The header that has come, with as much of its payload; `None` as long as it is not whole.
+    fn take(&mut self, incoming: Incoming) -> Result<Option<Partial>, HeaderError> {
+        let Some((head, rest)) = self.bytes[..self.filled].split_first_chunk::<HEADER_LEN>() else { return Ok(None) };
+        let header = Header::parse(head, incoming)?;
+        // At most PAYLOAD_MAX: the header was checked.
+        let mut payload = vec![0; header.size as usize];
+        let filled = rest.len().min(payload.len());
+        payload[..filled].copy_from_slice(&rest[..filled]);
+        let used = HEADER_LEN + filled;
+        let left = self.filled - used;
+        let fds =
+            if left == 0 || may_carry_descriptors(header, &payload) { std::mem::take(&mut self.fds) } else { vec![] };
+        self.bytes.copy_within(used..self.filled, 0);
+        self.filled = left;
+        let len = HEADER_LEN + payload.len();
+        self.expected = if len <= AHEAD_MAX && fds.is_empty() { len } else { HEADER_LEN };
+        Ok(Some(Partial { header: Some(header), payload, filled, fds }))
     }
 }
 
@@ -131,6 +172,7 @@ struct Unsent {
 pub struct MessageStream {
     fd: OwnedFd,
     incoming: Incoming,
+    ahead: Ahead,
     partial: Partial,
     outgoing: VecDeque<Unsent>,
     outgoing_bytes: usize,
@@ -162,6 +204,7 @@ impl MessageStream {
         MessageStream {
             fd,
             incoming,
+            ahead: Ahead::default(),
             partial: Partial::default(),
             outgoing: VecDeque::new(),
             outgoing_bytes: 0,
@@ -183,32 +226,36 @@ impl MessageStream {
         let result = self.receive_step();
         if result.is_err() {
             self.broken = true;
+            self.ahead = Ahead::default();
             self.partial = Partial::default();
         }
         result
     }
 
     fn receive_step(&mut self) -> Result<Received, StreamError> {
-        let partial = &mut self.partial;
+        let MessageStream { ahead, partial, incoming, .. } = self;
         loop {
-            let (room, has_header) = match partial.header {
-                None => (&mut partial.head[partial.filled..], false),
-                Some(header) => {
-                    if partial.filled == partial.payload.len() {
-                        let Partial { payload, fds, .. } = std::mem::take(partial);
-                        return Ok(Received::Message { header, payload, fds });
-                    }
-                    (&mut partial.payload[partial.filled..], true)
+            if partial.header.is_none()
+                && let Some(begun) = ahead.take(*incoming)?
+            {
+                *partial = begun;
+            }
+            let room = match partial.header {
+                Some(header) if partial.filled == partial.payload.len() => {
+                    let Partial { payload, fds, .. } = std::mem::take(partial);
+                    return Ok(Received::Message { header, payload, fds });
                 }
+                Some(_) => &mut partial.payload[partial.filled..],
+                None => &mut ahead.bytes[ahead.filled..ahead.expected.max(HEADER_LEN)],
             };
             let fragment = match ancillary::receive(self.fd.as_fd(), room) {
                 Ok(fragment) => fragment,
                 Err(Errno::EAGAIN) => return Ok(Received::WouldBlock),
                 // The peer closed before it read everything that was sent to it.
-                Err(Errno::ECONNRESET) => return closed(partial),
+                Err(Errno::ECONNRESET) => return closed(partial, ahead),
                 Err(error) => return Err(StreamError::Receive(error.into())),
             };
-            let count = partial.fds.len() + fragment.fds.len();
+            let count = partial.fds.len() + ahead.fds.len() + fragment.fds.len();
             if count > FDS_MAX {
                 return Err(StreamError::TooManyDescriptors { count });
             }
@@ -216,16 +263,14 @@ impl MessageStream {
                 return Err(StreamError::DescriptorsTruncated);
             }
             if fragment.len == 0 {
-                return closed(partial);
+                return closed(partial, ahead);
             }
-            partial.fds.extend(fragment.fds);
-            partial.filled += fragment.len;
-            if !has_header && partial.filled == HEADER_LEN {
-                let header = Header::parse(&partial.head, self.incoming)?;
-                partial.header = Some(header);
-                partial.filled = 0;
-                // At most PAYLOAD_MAX: the header was checked.
-                partial.payload = vec![0; header.size as usize];
+            if partial.header.is_some() {
+                partial.fds.extend(fragment.fds);
+                partial.filled += fragment.len;
+            } else {
+                ahead.fds.extend(fragment.fds);
+                ahead.filled += fragment.len;
             }
         }
     }
@@ -296,6 +341,30 @@ impl MessageStream {
         Ok(())
     }
 
+    /// Puts a message without descriptors behind what waits to be sent: [`MessageStream::flush`] sends all of it in one
+    /// go.
+    ///
+    /// # Errors
+    ///
+    /// As [`MessageStream::send`].
+    pub fn put(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
+        if bytes.is_empty() {
+            return Err(StreamError::Unsendable { bytes: 0, fds: 0 });
+        }
+        if self.broken {
+            return Err(StreamError::Broken);
+        }
+        if self.outgoing_bytes + bytes.len() > OUTGOING_BYTES_MAX {
+            return Err(StreamError::OutgoingFull { bytes: self.outgoing_bytes, fds: self.outgoing_fds });
+        }
+        self.outgoing_bytes += bytes.len();
+        match self.outgoing.back_mut() {
+            Some(last) if last.fds.is_empty() => last.bytes.extend_from_slice(bytes),
+            _ => self.outgoing.push_back(Unsent { bytes: bytes.to_vec(), sent: 0, fds: Vec::new() }),
+        }
+        Ok(())
+    }
+
     /// Whether something waits to be sent, so that the socket's writability is of interest.
     #[must_use]
     pub fn wants_write(&self) -> bool {
@@ -363,11 +432,9 @@ impl MessageStream {
     }
 }
 
-fn closed(partial: &Partial) -> Result<Received, StreamError> {
-    match partial.bytes() {
-        0 => Ok(Received::Closed),
-        bytes => Err(StreamError::ClosedInMessage { bytes }),
-    }
+fn closed(partial: &Partial, ahead: &Ahead) -> Result<Received, StreamError> {
+    let bytes = if partial.header.is_some() { HEADER_LEN + partial.filled } else { ahead.filled };
+    if bytes == 0 { Ok(Received::Closed) } else { Err(StreamError::ClosedInMessage { bytes }) }
 }
 
 impl AsFd for MessageStream {
