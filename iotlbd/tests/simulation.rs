@@ -103,7 +103,7 @@ struct Simulation {
     connected: bool,
     running: bool,
     closing: bool,
-    miss_messages: VecDeque<IotlbMessage>,
+    miss_messages: VecDeque<(IotlbMessage, bool)>,
     next_ticket: u32,
     resolved: u32,
     denied: u32,
@@ -524,7 +524,7 @@ impl Simulation {
         if !self.connected || !self.device.accepts_requests() {
             return Ok(());
         }
-        let Some(message) = self.miss_messages.pop_front() else { return Ok(()) };
+        let Some((message, need_reply)) = self.miss_messages.pop_front() else { return Ok(()) };
         let page = message.iova & !(PAGE - 1);
         let allowed = self
             .guest
@@ -532,10 +532,12 @@ impl Simulation {
             .is_some_and(|(user, access)| access.allows(message.access) && self.arena(*user).is_some());
         if allowed {
             self.update_of(page)?;
-            // The reply comes behind the acknowledgement of the update.
-            return self.when_idle(|s| s.feed(Event::MissReply { value: 0 }));
         }
-        self.feed(Event::MissReply { value: 1 })
+        if !need_reply {
+            return Ok(());
+        }
+        // The reply comes behind the acknowledgement of the update.
+        self.when_idle(|s| s.feed(Event::MissReply { value: u64::from(!allowed) }))
     }
 
     // ---- the edge ----
@@ -563,11 +565,11 @@ impl Simulation {
                 }
                 Action::SendBackEnd { message, need_reply } => {
                     check!(
-                        need_reply == (message.kind == IotlbKind::Miss),
+                        message.kind == IotlbKind::Miss || !need_reply,
                         "{message:?} asks for a reply: {need_reply}"
                     );
-                    if need_reply {
-                        self.miss_messages.push_back(message);
+                    if message.kind == IotlbKind::Miss {
+                        self.miss_messages.push_back((message, need_reply));
                         check!(self.miss_messages.len() <= 64, "too many messages in flight");
                     }
                 }

@@ -4,6 +4,7 @@
 //! [`Reader::request`] and [`Reader::poll`] never block; [`Reader::resolve`] does.
 
 pub(crate) mod cells;
+mod spin;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,6 +14,8 @@ use iotlb_proto::layout::worker::CELL_PAGES_MAX;
 use iotlb_proto::sync::Ordering;
 use iotlb_proto::worker::cell::posted_state;
 use rustix::thread::futex;
+
+pub(crate) use spin::Spin;
 
 use crate::guard::{Fault, Guard};
 use crate::reader::{PinError, Reader};
@@ -26,9 +29,6 @@ const ROUNDS_MAX: u32 = 8;
 
 /// Cells one call posts at a time: the 64 readers of a worker share 256.
 const BATCH: usize = 32;
-
-/// How long to spin for an answer before sleeping, in microseconds: about the round trip to a front-end that is awake.
-const SPIN_US: u64 = 20;
 
 /// Lookups under one pin while searching for what is missing: some 10 microseconds.
 const SCAN_LOOKUPS: u32 = 2048;
@@ -149,11 +149,14 @@ impl Ticket {
     }
 
     /// See [`Reader::wait`].
-    pub(crate) fn wait_unpinned(&mut self, deadline: Instant) -> Result<Answer, ResolveError> {
+    pub(crate) fn wait_unpinned(&mut self, spin: &mut Spin, deadline: Instant) -> Result<Answer, ResolveError> {
         if thread_pins::count() != 0 {
             return Err(ResolveError::Pinned);
         }
-        self.wait(Instant::now() + Duration::from_micros(SPIN_US), deadline)
+        let started = Instant::now();
+        let answer = self.wait(started + spin.length(), deadline);
+        spin.answered_after(started.elapsed());
+        answer
     }
 
     /// Posts without ringing. `range` has at most [`CELL_PAGES_MAX`] pages.
@@ -267,8 +270,9 @@ pub(crate) fn resolve(
 }
 
 /// Posts all chunks for which there are cells, and waits for all answers. `false` when there was no cell at all.
-fn ask(reader: &Reader, chunks: &[IovaRange], access: Access, deadline: Instant) -> Result<bool, ResolveError> {
-    let shared = reader.shared();
+fn ask(reader: &mut Reader, chunks: &[IovaRange], access: Access, deadline: Instant) -> Result<bool, ResolveError> {
+    let shared = Arc::clone(reader.shared());
+    let shared = &shared;
     let mut tickets: Vec<Ticket> =
         chunks.iter().map_while(|chunk| Ticket::fill(shared, reader.slot(), *chunk, access)).collect();
     ring_if_wanted(shared);
@@ -278,9 +282,13 @@ fn ask(reader: &Reader, chunks: &[IovaRange], access: Access, deadline: Instant)
         std::thread::sleep(slice_until(deadline).ok_or(ResolveError::TimedOut)?.min(Duration::from_millis(1)));
         return Ok(false);
     }
-    let spin_until = Instant::now() + Duration::from_micros(SPIN_US);
-    for ticket in &mut tickets {
-        match ticket.wait(spin_until, deadline)? {
+    let started = Instant::now();
+    let spin_until = started + reader.spin().length();
+    // From the last on: answers mostly come in order, so that this sleeps once.
+    for ticket in tickets.iter_mut().rev() {
+        let answer = ticket.wait(spin_until, deadline);
+        reader.spin().answered_after(started.elapsed());
+        match answer? {
             Answer::Resolved => {}
             Answer::Denied => return Err(ResolveError::Denied),
             Answer::TimedOut => return Err(ResolveError::TimedOut),

@@ -11,7 +11,7 @@ use iotlb_proto::sync::{AtomicU64, Ordering};
 
 use crate::attach::Attachment;
 use crate::guard::Guard;
-use crate::miss::{self, RequestError, ResolveError, Ticket};
+use crate::miss::{self, RequestError, ResolveError, Spin, Ticket};
 use crate::segments::{Kept, Piece, Pieces};
 use crate::shared::{Down, Shared, deadline_in};
 use crate::{Access, Answer, thread_pins};
@@ -79,6 +79,7 @@ pub struct Reader {
     /// What the translations of this pin keep, and whether that is anything.
     pieces: RefCell<Pieces>,
     keeps: Cell<bool>,
+    spin: Spin,
 }
 
 impl Reader {
@@ -96,6 +97,7 @@ impl Reader {
             faults: Cell::new(0),
             pieces: RefCell::default(),
             keeps: Cell::new(false),
+            spin: Spin::default(),
         })
     }
 
@@ -224,7 +226,7 @@ impl Reader {
     /// [`ResolveError::DaemonDead`] and [`ResolveError::Revoked`]. What the answer says is no error.
     pub fn wait(&mut self, ticket: &mut Ticket, timeout_ms: u32) -> Result<Answer, ResolveError> {
         let deadline = self.deadline(timeout_ms);
-        ticket.wait_unpinned(deadline)
+        ticket.wait_unpinned(&mut self.spin, deadline)
     }
 
     /// The answer to a request, if there is one yet; the same one again when asked again. Never blocks. After
@@ -281,6 +283,10 @@ impl Reader {
     #[inline]
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.shared
+    }
+
+    pub(crate) fn spin(&mut self) -> &mut Spin {
+        &mut self.spin
     }
 
     pub(crate) fn slot(&self) -> usize {

@@ -31,7 +31,7 @@ pub enum Event {
         /// For the log.
         reason: String,
     },
-    /// The answer to the oldest unanswered miss on the back-end channel (misses ask for a reply).
+    /// The answer to the oldest unanswered miss on the back-end channel that asked for one.
     MissReply {
         /// 0 = done.
         value: u64,

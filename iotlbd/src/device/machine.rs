@@ -113,19 +113,21 @@ impl Device {
             Event::WorkerGone { worker } => {
                 self.misses.worker_gone(worker);
                 self.held.retain(|(holder, _), _| *holder != worker);
-                self.pump();
             }
             Event::GraceCompleted { epoch } => self.grace_completed(epoch),
             Event::Tick => {
-                let now_ns = self.now_ns;
-                let (misses, mut to) = self.miss_engine();
-                misses.tick(now_ns, &mut to);
+                self.misses.tick(self.now_ns, &mut self.actions);
             }
         }
     }
 
-    /// The next thing to carry out.
+    /// The next thing to carry out. Misses that came since there last was none go out in one batch: so hand over all
+    /// events there are, then ask.
     pub fn next_action(&mut self) -> Option<Action> {
+        if self.actions.is_empty() && self.session.channel {
+            let (misses, mut to) = self.miss_engine();
+            misses.pump(&mut to);
+        }
         self.actions.pop_front()
     }
 
@@ -281,13 +283,6 @@ impl Device {
         (&mut self.misses, Surroundings { table: &self.table, actions: &mut self.actions, replies })
     }
 
-    fn pump(&mut self) {
-        if self.session.channel {
-            let (misses, mut to) = self.miss_engine();
-            misses.pump(&mut to);
-        }
-    }
-
     fn miss(&mut self, worker: WorkerId, cell: u16, request: MissRequest) {
         self.counters.misses += 1;
         let now_ns = self.now_ns;
@@ -332,7 +327,6 @@ impl Device {
         }
         let now_ns = self.now_ns;
         let areas: Vec<_> = self.rings.iter().filter_map(Ring::areas).flatten().collect();
-        let (misses, mut to) = self.miss_engine();
-        misses.want(areas.into_iter(), now_ns, &mut to);
+        self.misses.want(areas.into_iter(), now_ns, &self.table);
     }
 }

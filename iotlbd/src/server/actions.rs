@@ -22,7 +22,7 @@ impl EventLoop {
             Action::UseBackEndChannel(channel) => self.use_back_end_channel(channel),
             Action::SendBackEnd { message, need_reply } => {
                 let lost = match &mut self.back_end {
-                    Some(back_end) => back_end.send(&message, need_reply).err(),
+                    Some(back_end) => back_end.put(&message, need_reply).err(),
                     None => None,
                 };
                 if let Some(reason) = lost {
@@ -51,6 +51,18 @@ impl EventLoop {
         }
     }
 
+    /// Sends what was put together for the front-end, on both channels.
+    pub(super) fn send_out(&mut self) {
+        if let Some(front_end) = &mut self.front_end {
+            front_end.flush();
+        }
+        if let Some(back_end) = &mut self.back_end
+            && let Err(reason) = back_end.flush()
+        {
+            self.back_end_lost(&reason.to_string());
+        }
+    }
+
     fn reply(&mut self, request: u32, payload: ReplyPayload) {
         let bytes = match payload {
             ReplyPayload::U64(value) => reply_u64(request, value),
@@ -64,7 +76,7 @@ impl EventLoop {
             },
         };
         if let Some(front_end) = &mut self.front_end {
-            front_end.send(&bytes);
+            front_end.put(&bytes);
         }
     }
 

@@ -39,9 +39,14 @@ impl BackEnd {
         Ok(BackEnd { stream: MessageStream::from_fd(fd, Incoming::Replies)?, waits_for_room: false })
     }
 
-    /// Sends, or queues. An error ends the channel.
-    pub(crate) fn send(&mut self, message: &IotlbMessage, need_reply: bool) -> Result<(), BackEndError> {
-        Ok(self.stream.send(&backend_iotlb(message, need_reply), &[])?)
+    /// Puts a message behind those that wait for [`BackEnd::flush`]. An error ends the channel.
+    pub(crate) fn put(&mut self, message: &IotlbMessage, need_reply: bool) -> Result<(), BackEndError> {
+        Ok(self.stream.put(&backend_iotlb(message, need_reply))?)
+    }
+
+    /// Sends what waits, as far as the socket takes it. An error ends the channel.
+    pub(crate) fn flush(&mut self) -> Result<(), BackEndError> {
+        Ok(self.stream.flush()?)
     }
 
     /// Whether the poller has to be told anew if room for misses matters, and what.

@@ -287,8 +287,13 @@ impl EventLoop {
     }
 
     /// Carries out what the device wants, and feeds it what it may have, until both have an end or a round's share is
-    /// used up.
+    /// used up. What it has to say to the front-end goes out at the end, and before readers are waited for.
     fn settle(&mut self) {
+        self.carry_on();
+        self.send_out();
+    }
+
+    fn carry_on(&mut self) {
         let mut requests = 0;
         loop {
             while let Some(action) = self.device.next_action() {
@@ -326,7 +331,10 @@ impl EventLoop {
                 return true;
             }
             match self.grace.held(target, now) {
-                Pause::Spin => std::hint::spin_loop(),
+                Pause::Spin => {
+                    self.send_out();
+                    std::hint::spin_loop();
+                }
                 // Look once more: a reader that unpinned before it could see the wish does not ring.
                 Pause::FallAsleep if self.pace.is_busy() => {}
                 Pause::FallAsleep => self.device.table().set_writer_sleeps(true),

@@ -144,17 +144,18 @@ impl FrontEnd {
         }
     }
 
-    /// Sends a reply, or queues it.
-    pub(crate) fn send(&mut self, bytes: &[u8]) {
+    /// Puts a reply behind those that wait for [`FrontEnd::flush`].
+    pub(crate) fn put(&mut self, bytes: &[u8]) {
         if matches!(self.lost, Lost::Told) {
             return;
         }
-        if let Err(error) = self.stream.send(bytes, &[]) {
+        if let Err(error) = self.stream.put(bytes) {
             self.lose(format!("a reply cannot be sent: {error}"));
         }
     }
 
-    fn flush(&mut self) {
+    /// Sends what waits, as far as the socket takes it.
+    pub(crate) fn flush(&mut self) {
         if let Err(error) = self.stream.flush() {
             self.lose(format!("a reply cannot be sent: {error}"));
         }

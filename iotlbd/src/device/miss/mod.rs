@@ -2,8 +2,12 @@
 //!
 //! - All misses for one page, of all workers, share one message. A waiter that wants more than the message asked for
 //!   stays, and the page is asked again.
-//! - Messages ask for a reply, so that a denial is heard. The front-end answers in order, so the messages in flight are
-//!   a queue, and a reply belongs to the oldest. A reply that no longer concerns anybody only frees its place.
+//! - What is to be sent is collected and goes out in one batch ([`Misses::pump`]). The front-end takes the messages in
+//!   order, so the last of a batch asks for a reply, and that reply ends the wait for all of them: a page that is not
+//!   there by then was refused without a word, and is asked for once more, now with a reply of its own. To answer each
+//!   message would cost the front-end as much again as to look the page up.
+//! - So the messages in flight are a queue, and a reply belongs to the oldest that asked for one. A reply that no longer
+//!   concerns anybody only frees its place, and those before it.
 //! - Few messages are in flight, because the socket holds about 278 and a front-end that waits for us on the main
 //!   channel does not read it. The rest waits in one queue a worker, served in turn.
 //! - Answers are read from the table: what a pending take has removed is not there, so it resolves nobody.
@@ -27,8 +31,12 @@ mod tests;
 /// Most MISS messages without a reply. A Unix socket of default size holds about 278 unread ones; the front-end reads
 /// them one by one, so more in flight would not be answered sooner.
 pub(super) const IN_FLIGHT_MAX: usize = 64;
+/// A reply is asked for after so many messages at the latest, so that places become free before all are taken.
+const REPLY_EVERY: usize = 16;
 /// How often a page is asked again when the front-end says "done" and the page still is not there.
 const RETRIES_MAX: u8 = 3;
+/// What counts as the reply to a message without one, when a later one was replied to and the page is not there.
+const PASSED_OVER: u64 = 1;
 /// A front-end that refuses is asked once more before the worker hears of it: the guest may have mapped the page just
 /// then.
 const DENIALS_NEEDED: u8 = 2;
@@ -90,6 +98,8 @@ struct Flight {
     page: u64,
     number: u64,
     access: Access,
+    /// It asked for a reply.
+    replies: bool,
 }
 
 /// Everything that is missing.
@@ -179,7 +189,6 @@ impl Misses {
         let id = self.add_waiter(Some((worker, cell, request.ticket)), request.range, request.access, now_ns);
         self.by_cell.insert((worker, cell), id);
         self.open_pages(id, to.table);
-        self.pump(to);
     }
 
     /// The device wants its rings. Nobody is answered; pages that are covered or asked for already are left alone.
@@ -187,14 +196,14 @@ impl Misses {
         &mut self,
         areas: impl Iterator<Item = (IovaRange, Access)>,
         now_ns: u64,
-        to: &mut Surroundings<'_, T>,
+        table: &T,
     ) {
         // Areas often share a page: it is asked for once, for all of them.
         let mut wanted: BTreeMap<u64, (IovaRange, Access)> = BTreeMap::new();
         for (range, access) in areas {
             for page in pages_of(range) {
                 let Some(part) = IovaRange::page_of(page).intersection(range) else { continue };
-                if coverage(to.table, part, access) == Coverage::Covered {
+                if coverage(table, part, access) == Coverage::Covered {
                     continue;
                 }
                 let both = wanted.get(&page).map_or((part, access), |&(other, also)| {
@@ -213,9 +222,8 @@ impl Misses {
             }
             let id = self.add_waiter(None, part, access, now_ns);
             self.own.insert(page, id);
-            self.open_pages(id, to.table);
+            self.open_pages(id, table);
         }
-        self.pump(to);
     }
 
     /// Translations inside `range` appeared.
@@ -229,31 +237,36 @@ impl Misses {
                 self.judge(page, 0, None, to);
             }
         }
-        self.pump(to);
     }
 
-    /// The reply to the oldest message in flight. `false`: there is none.
+    /// The reply to the oldest message in flight that asked for one. `false`: there is none.
     pub(super) fn reply<T: Translations>(&mut self, value: u64, to: &mut Surroundings<'_, T>) -> bool {
-        let Some(flight) = self.flights.pop_front() else { return false };
-        if self.is_current(&flight) {
-            self.recheck(flight.page, to);
+        if !self.flights.iter().any(|flight| flight.replies) {
+            return false;
         }
-        if self.is_current(&flight) {
-            self.judge(flight.page, value, Some(flight), to);
+        while let Some(flight) = self.flights.pop_front() {
+            if self.is_current(&flight) {
+                self.recheck(flight.page, to);
+            }
+            if self.is_current(&flight) {
+                let value = if flight.replies { value } else { PASSED_OVER };
+                self.judge(flight.page, value, Some(flight), to);
+            }
+            if flight.replies {
+                break;
+            }
         }
-        self.pump(to);
         true
     }
 
     /// Time passed.
-    pub(super) fn tick<T: Translations>(&mut self, now_ns: u64, to: &mut Surroundings<'_, T>) {
+    pub(super) fn tick(&mut self, now_ns: u64, actions: &mut VecDeque<Action>) {
         while let Some((&id, waiter)) = self.waiters.first_key_value() {
             if waiter.deadline_ns > now_ns {
                 break;
             }
-            self.finish(id, Answer::TimedOut, to.actions);
+            self.finish(id, Answer::TimedOut, actions);
         }
-        self.pump(to);
     }
 
     /// A worker is gone.
@@ -282,11 +295,17 @@ impl Misses {
         }
     }
 
-    /// Sends what may be sent. The caller saw to it that there is a channel.
+    /// Sends what may be sent. The caller saw to it that there is a channel, and calls this when everything that is
+    /// known by now was told: what goes out together is a batch.
     pub(super) fn pump<T: Translations>(&mut self, to: &mut Surroundings<'_, T>) {
+        let mut unreplied = 0;
         while self.flights.len() + self.silent.len() < IN_FLIGHT_MAX {
             let Some(page) = self.take_turn() else { break };
-            self.send(page, to);
+            unreplied += 1;
+            let last = self.queues.is_empty() || self.flights.len() + self.silent.len() + 1 == IN_FLIGHT_MAX;
+            if self.send(page, last || unreplied == REPLY_EVERY, to) {
+                unreplied = 0;
+            }
         }
     }
 
@@ -305,8 +324,10 @@ impl Misses {
         Some(page)
     }
 
-    fn send<T: Translations>(&mut self, page: u64, to: &mut Surroundings<'_, T>) {
-        let Some(entry) = self.pages.get_mut(&page) else { return };
+    /// Asks for a page, and for a reply if `ends_batch` or the page needs one of its own; returns whether it did the
+    /// latter.
+    fn send<T: Translations>(&mut self, page: u64, ends_batch: bool, to: &mut Surroundings<'_, T>) -> bool {
+        let Some(entry) = self.pages.get_mut(&page) else { return false };
         let together = if entry.apart { 1 } else { entry.waiters.len() };
         let access = entry
             .waiters
@@ -328,14 +349,18 @@ impl Misses {
         };
         self.sent += 1;
         entry.state = State::Sent { number: self.sent };
+        // Once a page was not simply there, what the front-end says of it counts.
+        let again = entry.apart || entry.waiters.iter().any(|i| i.attempts > 0 || i.denials > 0);
+        let need_reply = to.replies && (ends_batch || again);
         if to.replies {
-            self.flights.push_back(Flight { page, number: self.sent, access });
+            self.flights.push_back(Flight { page, number: self.sent, access, replies: need_reply });
         } else {
             self.silent.insert(page);
         }
         let mut message = IotlbMessage::miss(iova, access);
         message.size = PAGE_SIZE - (iova & PAGE_MASK);
-        to.actions.push_back(Action::SendBackEnd { message, need_reply: to.replies });
+        to.actions.push_back(Action::SendBackEnd { message, need_reply });
+        need_reply
     }
 
     fn is_current(&self, flight: &Flight) -> bool {

@@ -46,6 +46,7 @@ fn a_page_that_was_there_once_is_not_asked_for_again() {
     let mut misses = Misses::new(400);
     let two_pages = request(1, 0, 8192, Access::READ);
     misses.post(WorkerId(0), 0, two_pages, 0, &mut around(&pages, &mut actions));
+    misses.pump(&mut around(&pages, &mut actions));
     assert_eq!(actions.drain(..).count(), 2, "both pages are asked for");
     pages.0.insert(0, Access::READ);
     misses.appeared(IovaRange::page_of(0), &mut around(&pages, &mut actions));
@@ -55,6 +56,57 @@ fn a_page_that_was_there_once_is_not_asked_for_again() {
     misses.appeared(IovaRange::page_of(4096), &mut around(&pages, &mut actions));
     let left: Vec<_> = actions.drain(..).collect();
     assert!(matches!(left[..], [Action::AnswerMiss { answer: Answer::Resolved, .. }]), "{left:?}");
+}
+
+/// What was sent since: page, and whether a reply was asked for.
+fn sent(actions: &mut VecDeque<Action>) -> Vec<(u64, bool)> {
+    let sent = |action| match action {
+        Action::SendBackEnd { message, need_reply } => Some((message.iova, need_reply)),
+        _ => None,
+    };
+    actions.drain(..).filter_map(sent).collect()
+}
+
+#[test]
+fn one_reply_ends_the_wait_for_a_batch() {
+    let (mut pages, mut actions) = (Pages::default(), VecDeque::new());
+    let mut misses = Misses::new(400);
+    for cell in 0..3 {
+        let page = request(u32::from(cell), u64::from(cell) * PAGE_SIZE, PAGE_SIZE, Access::READ);
+        misses.post(WorkerId(0), cell, page, 0, &mut around(&pages, &mut actions));
+    }
+    misses.pump(&mut around(&pages, &mut actions));
+    assert_eq!(sent(&mut actions), [(0, false), (0x1000, false), (0x2000, true)]);
+    // The second page is refused without a word, the third aloud.
+    pages.0.insert(0, Access::READ);
+    misses.appeared(IovaRange::page_of(0), &mut around(&pages, &mut actions));
+    assert!(matches!(actions.pop_front(), Some(Action::AnswerMiss { cell: 0, answer: Answer::Resolved, .. })));
+    assert!(misses.reply(1, &mut around(&pages, &mut actions)));
+    assert!(actions.is_empty(), "a refusal is confirmed before the worker hears of it");
+    misses.pump(&mut around(&pages, &mut actions));
+    assert_eq!(sent(&mut actions), [(0x1000, true), (0x2000, true)], "each with a reply of its own");
+    assert!(misses.reply(1, &mut around(&pages, &mut actions)));
+    assert!(matches!(actions.pop_front(), Some(Action::AnswerMiss { cell: 1, answer: Answer::Denied, .. })));
+    pages.0.insert(0x2000, Access::READ);
+    assert!(misses.reply(0, &mut around(&pages, &mut actions)));
+    assert!(matches!(actions.pop_front(), Some(Action::AnswerMiss { cell: 2, answer: Answer::Resolved, .. })));
+    assert!(!misses.reply(0, &mut around(&pages, &mut actions)), "nothing is in flight");
+}
+
+#[test]
+fn a_long_batch_asks_for_replies_on_the_way() {
+    let (pages, mut actions) = (Pages::default(), VecDeque::new());
+    let mut misses = Misses::new(400);
+    for cell in 0..3 {
+        let many = request(0, u64::from(cell) << 30, CELL_PAGES_MAX * PAGE_SIZE, Access::READ);
+        misses.post(WorkerId(0), cell, many, 0, &mut around(&pages, &mut actions));
+    }
+    misses.pump(&mut around(&pages, &mut actions));
+    let batch = sent(&mut actions);
+    assert_eq!(batch.len(), IN_FLIGHT_MAX.min(3 * usize::try_from(CELL_PAGES_MAX).expect("small")));
+    assert!(batch.chunks(REPLY_EVERY).all(|part| part.last().is_some_and(|(_, reply)| *reply)), "{batch:?}");
+    assert!(misses.reply(0, &mut around(&pages, &mut actions)));
+    assert_eq!(misses.flights.len(), batch.len() - REPLY_EVERY, "one reply frees the places of all before it");
 }
 
 fn around<'a>(table: &'a Pages, actions: &'a mut VecDeque<Action>) -> Surroundings<'a, Pages> {
@@ -71,6 +123,7 @@ enum Step {
     Reply { value: u64 },
     Wait { ns: u64 },
     Gone { worker: u32 },
+    Pump,
     Stop,
     Channel,
 }
@@ -86,6 +139,7 @@ fn step() -> impl Strategy<Value = Step> {
         5 => (0..2u64).prop_map(|value| Step::Reply { value }),
         1 => (0..3_000_000u64).prop_map(|ns| Step::Wait { ns }),
         1 => (0..3u32).prop_map(|worker| Step::Gone { worker }),
+        4 => Just(Step::Pump),
         1 => Just(Step::Stop),
         1 => Just(Step::Channel),
     ]
@@ -119,6 +173,7 @@ fn check(misses: &Misses) {
     assert!(queued.iter().all(|page| misses.pages.contains_key(page)));
     assert!(misses.queues.values().all(|queue| !queue.is_empty()));
     assert!(misses.flights.len() + misses.silent.len() <= IN_FLIGHT_MAX);
+    assert!(misses.flights.back().is_none_or(|flight| flight.replies), "nothing will end the wait for the last");
     assert_eq!(misses.by_cell.len() + misses.own.len(), misses.waiters.len());
 }
 
@@ -143,7 +198,7 @@ proptest! {
                 }
                 Step::Want { page } => {
                     let range = IovaRange::page_of(page * PAGE_SIZE);
-                    misses.want([(range, Access::READ)].into_iter(), now_ns, &mut to);
+                    misses.want([(range, Access::READ)].into_iter(), now_ns, &table);
                 }
                 Step::Map { page, access } => {
                     table.0.insert(page * PAGE_SIZE, bits(access));
@@ -159,21 +214,16 @@ proptest! {
                 }
                 Step::Wait { ns } => {
                     now_ns += ns;
-                    misses.tick(now_ns, &mut to);
+                    misses.tick(now_ns, &mut actions);
                     prop_assert!(misses.next_deadline_ns().is_none_or(|deadline| deadline > now_ns));
                 }
                 Step::Gone { worker } => {
                     misses.worker_gone(WorkerId(worker));
                     due.retain(|(holder, _), _| *holder != WorkerId(worker));
-                    let mut to = Surroundings { table: &table, actions: &mut actions, replies };
-                    misses.pump(&mut to);
                 }
+                Step::Pump => misses.pump(&mut to),
                 Step::Stop => misses.stop(&mut actions),
-                Step::Channel => {
-                    misses.channel_replaced();
-                    let mut to = Surroundings { table: &table, actions: &mut actions, replies };
-                    misses.pump(&mut to);
-                }
+                Step::Channel => misses.channel_replaced(),
             }
             check(&misses);
             for action in actions.drain(..) {
@@ -185,8 +235,7 @@ proptest! {
             let asked: Vec<_> = misses.by_cell.keys().copied().collect();
             prop_assert_eq!(due.keys().copied().collect::<Vec<_>>(), asked);
         }
-        let mut to = Surroundings { table: &table, actions: &mut actions, replies };
-        misses.tick(u64::MAX, &mut to);
+        misses.tick(u64::MAX, &mut actions);
         prop_assert_eq!((misses.waiters.len(), misses.pages.len(), misses.queues.len()), (0, 0, 0));
         let late = actions.iter().filter(|a| matches!(a, Action::AnswerMiss { answer: Answer::TimedOut, .. })).count();
         prop_assert_eq!(late, due.len());

@@ -163,7 +163,9 @@ fn answer_misses(
                 let _ = times.send(start.elapsed().as_secs_f64() * 1e9);
             }
         }
-        for _ in &updates {
+        // Only those that asked for one get a reply.
+        let asked = bytes[..whole].chunks_exact(IOTLB_LEN).filter(|miss| needs_reply(miss)).count();
+        for _ in 0..asked {
             let mut reply = [0; ACK_LEN];
             reply[..HEADER_LEN].copy_from_slice(&MessageHeader::reply(BACKEND_IOTLB).encode());
             back_end.write_all(&reply)?;
@@ -171,6 +173,11 @@ fn answer_misses(
         bytes.copy_within(whole..filled, 0);
         filled -= whole;
     }
+}
+
+/// Whether a message asks for a reply.
+fn needs_reply(message: &[u8]) -> bool {
+    message.first_chunk::<HEADER_LEN>().is_some_and(|header| MessageHeader::decode(header).needs_reply())
 }
 
 /// The bare chain.

@@ -1,0 +1,86 @@
+//! How long a thread spins for an answer before it sleeps.
+//!
+//! To be woken up costs several microseconds, most where the processor is a virtual one that went to rest. A front-end
+//! that is awake, and a daemon that polls, answer in less. But where processors are few, whoever spins may keep the one
+//! it waits for from running, and does so in vain when answers take longer anyway. So a thread spins while that lately
+//! paid, and tries again now and then when it did not.
+
+use std::time::Duration;
+
+/// Longest spin: about the round trip to a front-end that is awake.
+const SPIN_MAX: Duration = Duration::from_micros(20);
+
+/// After a spin in vain, so many waits go without; doubled each time.
+const SKIP_MIN: u32 = 1;
+/// The largest number of waits without a spin. Small enough that a change is noticed within some milliseconds.
+const SKIP_MAX: u32 = 64;
+
+/// What one thread knows of how soon answers come.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Spin {
+    /// Waits that go without a spin before the next try.
+    skip: u32,
+    /// How many the next failure costs.
+    penalty: u32,
+}
+
+impl Default for Spin {
+    fn default() -> Spin {
+        Spin { skip: 0, penalty: SKIP_MIN }
+    }
+}
+
+impl Spin {
+    /// How long to spin in the wait that begins now.
+    pub(crate) fn length(&self) -> Duration {
+        if self.skip == 0 { SPIN_MAX } else { Duration::ZERO }
+    }
+
+    /// The wait is over.
+    pub(crate) fn answered_after(&mut self, waited: Duration) {
+        if waited <= SPIN_MAX {
+            // Soon enough for a spin, whether there was one or not.
+            *self = Spin::default();
+        } else if self.skip > 0 {
+            self.skip -= 1;
+        } else {
+            self.skip = self.penalty;
+            self.penalty = (self.penalty.saturating_mul(2)).min(SKIP_MAX);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spins_only_while_that_pays_and_tries_again_now_and_then() {
+        let late = SPIN_MAX + Duration::from_nanos(1);
+        let mut spin = Spin::default();
+        for _ in 0..100 {
+            assert_eq!(spin.length(), SPIN_MAX);
+            spin.answered_after(SPIN_MAX);
+        }
+        let mut tries = 0;
+        for _ in 0..10 * SKIP_MAX {
+            tries += u32::from(spin.length() == SPIN_MAX);
+            spin.answered_after(late);
+        }
+        assert!((4..32).contains(&tries), "{tries} tries");
+        while spin.length() != SPIN_MAX {
+            spin.answered_after(late);
+        }
+        spin.answered_after(SPIN_MAX);
+        assert_eq!(spin.length(), SPIN_MAX, "one answer in time is enough");
+    }
+
+    #[test]
+    fn a_quick_answer_without_a_spin_counts_as_well() {
+        let mut spin = Spin::default();
+        spin.answered_after(2 * SPIN_MAX);
+        assert_eq!(spin.length(), Duration::ZERO);
+        spin.answered_after(SPIN_MAX);
+        assert_eq!(spin.length(), SPIN_MAX);
+    }
+}
