@@ -93,10 +93,9 @@ fn messages_do_not_take_each_others_bytes_or_descriptors() {
     would_block(&mut stream);
 }
 
-/// After an IOTLB message the next one is expected to be as long, so the read may reach into the message behind a
-/// shorter one.
+/// Small messages are looked at several at a time.
 #[test]
-fn descriptors_stay_with_their_message_when_a_read_reaches_into_the_next() {
+fn descriptors_stay_with_their_message_whatever_stands_around_it() {
     let kick = |index, fd: Option<OwnedFd>| Request::SetVringKick(VringFd { index, fd });
     let cases: [[Request; 3]; 5] = [
         [Request::GetFeatures, kick(1, Some(null())), Request::GetStatus],
@@ -140,7 +139,7 @@ fn descriptors_stay_with_their_message_when_a_read_reaches_into_the_next() {
 }
 
 #[test]
-fn a_message_that_is_read_ahead_may_be_cut_at_every_byte() {
+fn the_last_of_several_messages_may_be_cut_at_every_byte() {
     let bytes = [Header::request(1, 0, false).to_bytes().to_vec(), update(), update()].concat();
     for cut in 1..bytes.len() {
         let (mut stream, mut peer) = pair();

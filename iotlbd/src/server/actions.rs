@@ -31,8 +31,10 @@ impl EventLoop {
             }
             Action::AnswerMiss { worker, cell, ticket, answer } => {
                 let mut more = Vec::new();
-                if let Some(worker) = self.registry.get_mut(worker) {
-                    worker.answer(cell, ticket, answer, |cell, request| more.push((cell, request)));
+                if let Some(worker) = self.registry.get_mut(worker)
+                    && worker.answer(cell, ticket, answer, |cell, request| more.push((cell, request)))
+                {
+                    self.sleepers.push((worker.id, cell));
                 }
                 for (cell, request) in more {
                     self.device.handle(Event::Miss { worker, cell, request }, now_ns());
@@ -51,15 +53,23 @@ impl EventLoop {
         }
     }
 
-    /// Sends what was put together for the front-end, on both channels.
+    /// Sends what was put together for the front-end, on both channels; then wakes up whose misses were answered.
     pub(super) fn send_out(&mut self) {
         if let Some(front_end) = &mut self.front_end {
             front_end.flush();
+            self.busy |= front_end.has_bad_news();
         }
         if let Some(back_end) = &mut self.back_end
             && let Err(reason) = back_end.flush()
         {
             self.back_end_lost(&reason.to_string());
+            // What the device makes of it is to be carried out.
+            self.busy = true;
+        }
+        for (worker, cell) in self.sleepers.drain(..) {
+            if let Some(worker) = self.registry.get_mut(worker) {
+                worker.wake(cell);
+            }
         }
     }
 

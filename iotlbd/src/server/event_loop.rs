@@ -60,6 +60,9 @@ pub(crate) struct EventLoop {
     pub(super) refusals: LogBudget,
     pub(super) stopping: bool,
     pub(super) done: bool,
+    /// Answered misses whose threads sleep. They are woken up when the front-end has got its answers: they wait for
+    /// this one page, and all else in the guest may wait for the front-end.
+    pub(super) sleepers: Vec<(WorkerId, u16)>,
     /// More is to be done than this round did: do not sleep.
     pub(super) busy: bool,
     /// This round had something to do.
@@ -146,6 +149,7 @@ impl EventLoop {
             refusals: LogBudget::default(),
             stopping: false,
             done: false,
+            sleepers: Vec::new(),
             busy: false,
             worked: false,
             pace,
@@ -287,7 +291,7 @@ impl EventLoop {
     }
 
     /// Carries out what the device wants, and feeds it what it may have, until both have an end or a round's share is
-    /// used up. What it has to say to the front-end goes out at the end, and before readers are waited for.
+    /// used up. What it has to say to the front-end goes out together, before the front-end or readers are waited for.
     fn settle(&mut self) {
         self.carry_on();
         self.send_out();
@@ -362,6 +366,10 @@ impl EventLoop {
     /// Feeds the device one request; returns whether there was one.
     fn next_request(&mut self) -> bool {
         let accepts = self.device.accepts_requests();
+        if !self.front_end.as_ref().is_some_and(FrontEnd::has_request) {
+            // Now, because it takes a while to find out that there is none.
+            self.send_out();
+        }
         let Some(front_end) = &mut self.front_end else { return false };
         let event = match front_end.next(accepts) {
             Incoming::Nothing => return false,

@@ -106,6 +106,11 @@ impl FrontEnd {
         }
     }
 
+    /// Whether the next request is here already, so that answers may wait for the one to it.
+    pub(crate) fn has_request(&self) -> bool {
+        self.stream.has_message()
+    }
+
     /// What comes next. With `accepts` false only the end does: requests stay in the socket, in order.
     pub(crate) fn next(&mut self, accepts: bool) -> Incoming {
         match std::mem::replace(&mut self.lost, Lost::Told) {
@@ -152,6 +157,11 @@ impl FrontEnd {
         if let Err(error) = self.stream.put(bytes) {
             self.lose(format!("a reply cannot be sent: {error}"));
         }
+    }
+
+    /// Whether the end of the connection is still to be told, by [`FrontEnd::next`].
+    pub(crate) fn has_bad_news(&self) -> bool {
+        matches!(self.lost, Lost::Untold(_))
     }
 
     /// Sends what waits, as far as the socket takes it.

@@ -63,14 +63,29 @@ impl Worker {
         segment.take_posted(|cell| take(segment, pending, again, cell, &mut each));
     }
 
-    /// Answers a miss. A request that was posted over the old one meanwhile is handed to `each`.
-    pub(crate) fn answer(&mut self, cell: u16, ticket: u32, answer: Answer, mut each: impl FnMut(u16, MissRequest)) {
-        let Some(words) = self.segment.cells.get(usize::from(cell)) else { return };
-        store(words, ticket, answer);
+    /// Answers a miss; returns whether somebody sleeps on it and is to be woken up ([`Worker::wake`]). A request that
+    /// was posted over the old one meanwhile is handed to `each`.
+    pub(crate) fn answer(
+        &mut self,
+        cell: u16,
+        ticket: u32,
+        answer: Answer,
+        mut each: impl FnMut(u16, MissRequest),
+    ) -> bool {
+        let Some(words) = self.segment.cells.get(usize::from(cell)) else { return false };
+        let sleeps = words.store_answer(ticket, answer);
         self.pending.remove(cell);
         if self.again.remove(cell) {
             let Worker { segment, pending, again, .. } = self;
             take(segment, pending, again, cell, &mut each);
+        }
+        sleeps
+    }
+
+    /// Wakes up who sleeps on a cell.
+    pub(crate) fn wake(&self, cell: u16) {
+        if let Some(words) = self.segment.cells.get(usize::from(cell)) {
+            wake(words);
         }
     }
 }
@@ -104,9 +119,13 @@ fn take(
 
 fn store(words: &MissCell, ticket: u32, answer: Answer) {
     if words.store_answer(ticket, answer) {
-        // Shared: the worker is another process. An Err cannot be: the word is mapped and aligned.
-        let _ = futex::wake(&words.state, futex::Flags::empty(), u32::MAX >> 1);
+        wake(words);
     }
+}
+
+fn wake(words: &MissCell) {
+    // Shared: the worker is another process. An Err cannot be: the word is mapped and aligned.
+    let _ = futex::wake(&words.state, futex::Flags::empty(), u32::MAX >> 1);
 }
 
 /// A set of cell numbers.

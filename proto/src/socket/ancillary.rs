@@ -7,11 +7,11 @@
 //!
 //! Every call says `MSG_DONTWAIT`: whether a shared file description blocks is also in the peer's hands.
 
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, recvmsg, sendmsg};
 
 /// Bytes of a control message's header as the kernel writes it: length (`size_t`), level, type.
 const CMSG_HEADER_LEN: usize = size_of::<usize>() + 2 * size_of::<i32>();
@@ -65,6 +65,21 @@ pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Fragm
         data_truncated: message.msg_flags & libc::MSG_TRUNC != 0,
         control_truncated: message.msg_flags & libc::MSG_CTRUNC != 0,
     })
+}
+
+/// Looks at what waits in the socket, without taking it and without waiting. Returns how many bytes that are, and
+/// whether something comes with some of them: descriptors, which stay where they are, or what else the peer asked for.
+pub(super) fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<(usize, bool), Errno> {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    let mut parts = [IoSliceMut::new(buffer)];
+    loop {
+        // No control buffer: the system then says "truncated" instead of installing descriptors.
+        match recvmsg::<()>(socket.as_raw_fd(), &mut parts, None, flags) {
+            Ok(message) => return Ok((message.bytes, message.flags.contains(MsgFlags::MSG_CTRUNC))),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Takes ownership of every descriptor in a control buffer that `recvmsg` has just filled with `len` bytes. Those of

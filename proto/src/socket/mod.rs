@@ -4,6 +4,7 @@
 
 pub mod address;
 mod ancillary;
+mod glance;
 pub mod packet;
 pub mod stream;
 

@@ -1,11 +1,13 @@
 //! vhost-user messages over an `AF_UNIX` stream, one whole message at a time, without ever waiting.
 //!
-//! A stream keeps no borders, but descriptors sit at a byte of it. So first the header is read, then exactly as much
-//! payload as it announces: whatever descriptors arrive with any of these bytes are the message's. Where short messages
-//! of one length follow each other, as IOTLB messages and acknowledgements do for hours, the next one is read in one
-//! go. Should a shorter one come, the read reaches into the message behind it; then descriptors belong to the first of
-//! the two that by its request has any (the kernel ends a read behind the first piece that carries some, so they never
-//! are from a third).
+//! A stream keeps no borders, but descriptors sit at a byte of it. So never more bytes are taken than belong to the
+//! present message: first the header, then exactly as much payload as it announces. Whatever descriptors arrive with
+//! any of these bytes are the message's.
+//!
+//! Small messages without descriptors, which is nearly all of them for hours, go another way: the socket's content is
+//! looked at without being taken ([`Glance`]), handed out message by message, and taken when all was handed out. That is
+//! less work, and it has the answer sent *before* the question is taken: to take bytes out of a Unix socket wakes up a
+//! peer that sleeps on it, as there is room now, and a peer that waits for an answer would wake up in vain.
 //!
 //! Messages out are sent at once, or put together ([`MessageStream::put`]) and sent in one go: to wake up a peer costs
 //! more than to send it another message.
@@ -20,18 +22,14 @@ use nix::poll::PollFlags;
 
 use super::address::{self, AddressError, Kind};
 use super::ancillary;
-use crate::vhost_user::codec::may_carry_descriptors;
+use super::glance::Glance;
 use crate::vhost_user::header::{FDS_MAX, HEADER_LEN, Header, HeaderError, Incoming};
-use crate::vhost_user::iotlb::IOTLB_LEN;
 
 /// Most bytes that wait to be sent. A peer that reads nothing for that long has stopped: 64 KiB are some 1,500 IOTLB
 /// messages, on top of the 200 or so that fit the socket itself.
 pub const OUTGOING_BYTES_MAX: usize = 64 * 1024;
 /// Most descriptors that wait to be sent: a few memory tables.
 pub const OUTGOING_FDS_MAX: usize = 4 * FDS_MAX;
-
-/// Longest message that is read in one go: an IOTLB message.
-const AHEAD_MAX: usize = HEADER_LEN + IOTLB_LEN;
 
 /// What [`MessageStream::receive`] found.
 #[derive(Debug)]
@@ -113,48 +111,18 @@ pub enum StreamError {
 /// What has come of the message at hand.
 #[derive(Debug, Default)]
 struct Partial {
+    head: [u8; HEADER_LEN],
     header: Option<Header>,
     /// As long as the header announces, once there is one.
     payload: Vec<u8>,
-    /// Bytes of `payload` that have come.
+    /// Bytes filled: of `head` while there is no header, of `payload` after.
     filled: usize,
     fds: Vec<OwnedFd>,
 }
 
-/// Bytes that were read and belong to no header yet.
-#[derive(Debug)]
-struct Ahead {
-    bytes: [u8; AHEAD_MAX],
-    filled: usize,
-    fds: Vec<OwnedFd>,
-    /// How long the next message is expected to be; at least a header.
-    expected: usize,
-}
-
-impl Default for Ahead {
-    fn default() -> Ahead {
-        Ahead { bytes: [0; AHEAD_MAX], filled: 0, fds: Vec::new(), expected: HEADER_LEN }
-    }
-}
-
-impl Ahead {
-    /// The header that has come, with as much of its payload; `None` as long as it is not whole.
-    fn take(&mut self, incoming: Incoming) -> Result<Option<Partial>, HeaderError> {
-        let Some((head, rest)) = self.bytes[..self.filled].split_first_chunk::<HEADER_LEN>() else { return Ok(None) };
-        let header = Header::parse(head, incoming)?;
-        // At most PAYLOAD_MAX: the header was checked.
-        let mut payload = vec![0; header.size as usize];
-        let filled = rest.len().min(payload.len());
-        payload[..filled].copy_from_slice(&rest[..filled]);
-        let used = HEADER_LEN + filled;
-        let left = self.filled - used;
-        let fds =
-            if left == 0 || may_carry_descriptors(header, &payload) { std::mem::take(&mut self.fds) } else { vec![] };
-        self.bytes.copy_within(used..self.filled, 0);
-        self.filled = left;
-        let len = HEADER_LEN + payload.len();
-        self.expected = if len <= AHEAD_MAX && fds.is_empty() { len } else { HEADER_LEN };
-        Ok(Some(Partial { header: Some(header), payload, filled, fds }))
+impl Partial {
+    fn bytes(&self) -> usize {
+        self.filled + if self.header.is_some() { HEADER_LEN } else { 0 }
     }
 }
 
@@ -172,7 +140,7 @@ struct Unsent {
 pub struct MessageStream {
     fd: OwnedFd,
     incoming: Incoming,
-    ahead: Ahead,
+    glance: Glance,
     partial: Partial,
     outgoing: VecDeque<Unsent>,
     outgoing_bytes: usize,
@@ -204,7 +172,7 @@ impl MessageStream {
         MessageStream {
             fd,
             incoming,
-            ahead: Ahead::default(),
+            glance: Glance::default(),
             partial: Partial::default(),
             outgoing: VecDeque::new(),
             outgoing_bytes: 0,
@@ -226,36 +194,65 @@ impl MessageStream {
         let result = self.receive_step();
         if result.is_err() {
             self.broken = true;
-            self.ahead = Ahead::default();
+            self.glance = Glance::default();
             self.partial = Partial::default();
         }
         result
     }
 
+    /// Whether [`MessageStream::receive`] has a message without asking the system.
+    #[must_use]
+    pub fn has_message(&self) -> bool {
+        self.glance.has_message()
+    }
+
     fn receive_step(&mut self) -> Result<Received, StreamError> {
-        let MessageStream { ahead, partial, incoming, .. } = self;
-        loop {
-            if partial.header.is_none()
-                && let Some(begun) = ahead.take(*incoming)?
-            {
-                *partial = begun;
+        if self.partial.bytes() == 0 {
+            if let Some((header, payload)) = self.glance.next(self.incoming)? {
+                return Ok(Received::Message { header, payload, fds: Vec::new() });
             }
-            let room = match partial.header {
-                Some(header) if partial.filled == partial.payload.len() => {
-                    let Partial { payload, fds, .. } = std::mem::take(partial);
-                    return Ok(Received::Message { header, payload, fds });
+            match self.look() {
+                Ok(()) => {}
+                Err(Errno::EAGAIN) => return Ok(Received::WouldBlock),
+                // The peer closed before it read everything that was sent to it.
+                Err(Errno::ECONNRESET) => return Ok(Received::Closed),
+                Err(error) => return Err(StreamError::Receive(error.into())),
+            }
+            if let Some((header, payload)) = self.glance.next(self.incoming)? {
+                return Ok(Received::Message { header, payload, fds: Vec::new() });
+            }
+        }
+        self.receive_exactly()
+    }
+
+    /// Takes what was handed out, and looks at what is there now.
+    fn look(&mut self) -> Result<(), Errno> {
+        self.glance.take(self.fd.as_fd())?;
+        self.glance.look(self.fd.as_fd())
+    }
+
+    /// A message that is large, in pieces or has descriptors.
+    fn receive_exactly(&mut self) -> Result<Received, StreamError> {
+        let partial = &mut self.partial;
+        loop {
+            let (room, has_header) = match partial.header {
+                None => (&mut partial.head[partial.filled..], false),
+                Some(header) => {
+                    if partial.filled == partial.payload.len() {
+                        let Partial { payload, fds, .. } = std::mem::take(partial);
+                        return Ok(Received::Message { header, payload, fds });
+                    }
+                    (&mut partial.payload[partial.filled..], true)
                 }
-                Some(_) => &mut partial.payload[partial.filled..],
-                None => &mut ahead.bytes[ahead.filled..ahead.expected.max(HEADER_LEN)],
             };
             let fragment = match ancillary::receive(self.fd.as_fd(), room) {
                 Ok(fragment) => fragment,
                 Err(Errno::EAGAIN) => return Ok(Received::WouldBlock),
-                // The peer closed before it read everything that was sent to it.
-                Err(Errno::ECONNRESET) => return closed(partial, ahead),
+                // As above.
+                Err(Errno::ECONNRESET) => return closed(partial),
                 Err(error) => return Err(StreamError::Receive(error.into())),
             };
-            let count = partial.fds.len() + ahead.fds.len() + fragment.fds.len();
+            let count = partial.fds.len() + fragment.fds.len();
             if count > FDS_MAX {
                 return Err(StreamError::TooManyDescriptors { count });
             }
@@ -263,14 +260,16 @@ impl MessageStream {
                 return Err(StreamError::DescriptorsTruncated);
             }
             if fragment.len == 0 {
-                return closed(partial, ahead);
+                return closed(partial);
             }
-            if partial.header.is_some() {
-                partial.fds.extend(fragment.fds);
-                partial.filled += fragment.len;
-            } else {
-                ahead.fds.extend(fragment.fds);
-                ahead.filled += fragment.len;
+            partial.fds.extend(fragment.fds);
+            partial.filled += fragment.len;
+            if !has_header && partial.filled == HEADER_LEN {
+                let header = Header::parse(&partial.head, self.incoming)?;
+                partial.header = Some(header);
+                partial.filled = 0;
+                // At most PAYLOAD_MAX: the header was checked.
+                partial.payload = vec![0; header.size as usize];
             }
         }
     }
@@ -432,9 +431,18 @@ impl MessageStream {
     }
 }
 
-fn closed(partial: &Partial, ahead: &Ahead) -> Result<Received, StreamError> {
-    let bytes = if partial.header.is_some() { HEADER_LEN + partial.filled } else { ahead.filled };
-    if bytes == 0 { Ok(Received::Closed) } else { Err(StreamError::ClosedInMessage { bytes }) }
+fn closed(partial: &Partial) -> Result<Received, StreamError> {
+    match partial.bytes() {
+        0 => Ok(Received::Closed),
+        bytes => Err(StreamError::ClosedInMessage { bytes }),
+    }
+}
+
+impl Drop for MessageStream {
+    fn drop(&mut self) {
+        // A peer whose messages were not taken would see a reset instead of an end. An Err changes nothing.
+        let _ = self.glance.take(self.fd.as_fd());
+    }
 }
 
 impl AsFd for MessageStream {

@@ -169,29 +169,6 @@ pub fn decode(header: Header, payload: &[u8], fds: Vec<OwnedFd>) -> Result<Reque
     Message { request, payload, fds }.decode()
 }
 
-/// Whether descriptors may belong to this front-end message.
-#[must_use]
-pub fn may_carry_descriptors(header: Header, payload: &[u8]) -> bool {
-    use RequestCode as Code;
-    match RequestCode::from_number(header.request) {
-        Some(Code::SetVringKick | Code::SetVringCall | Code::SetVringErr) => {
-            payload.len() == 8 && Fields::<'_>::new(payload).u64() & VRING_NO_FD == 0
-        }
-        Some(
-            Code::SetMemTable
-            | Code::SetLogBase
-            | Code::SetLogFd
-            | Code::SetBackendReqFd
-            | Code::SetInflightFd
-            | Code::AddMemReg
-            | Code::RemMemReg,
-        ) => !header.is_reply(),
-        // What is not known here may have some.
-        None => !header.is_reply(),
-        Some(_) => false,
-    }
-}
-
 /// Decodes what a front-end receives on the back-end channel.
 ///
 /// # Errors
