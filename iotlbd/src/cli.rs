@@ -98,6 +98,11 @@ pub struct ServeArgs {
     #[arg(long)]
     pub busy_poll: bool,
 
+    /// Write figures here as JSON, after each front-end session and at the end: counters, and how long the front-end took
+    /// for a page and the daemon for an acknowledgement
+    #[arg(long, value_name = "PATH")]
+    pub stats: Option<PathBuf>,
+
     /// Keep the loop on this processor
     #[arg(long, value_name = "N")]
     pub cpu: Option<usize>,
@@ -210,6 +215,7 @@ impl ServeArgs {
         config.stall = StallPolicy { report_ms: report, revoke_ms: revoke, kill_ms: kill };
         config.max_workers = usize::from(self.max_workers);
         config.busy_poll = self.busy_poll;
+        config.stats.clone_from(&self.stats);
         config.cpu = self.cpu;
         Ok(config)
     }

@@ -17,7 +17,7 @@ use super::{Action, DeviceConfig, Event, WorkerId};
 use crate::log_budget::LogBudget;
 
 /// Running totals since the device was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Counters {
     /// Front-end requests.
     pub requests: u64,
@@ -185,6 +185,12 @@ impl Device {
         Counters { miss_messages: self.misses.sent(), ..self.counters }
     }
 
+    /// How long the front-end was busy with each page that it was asked for, in nanoseconds.
+    #[must_use]
+    pub fn page_ns(&self) -> &hdrhistogram::Histogram<u64> {
+        self.misses.page_ns()
+    }
+
     /// Misses that wait for an answer now, ring pages included.
     #[must_use]
     pub fn misses_waiting(&self) -> usize {
@@ -280,7 +286,8 @@ impl Device {
 
     pub(super) fn miss_engine(&mut self) -> (&mut Misses, Surroundings<'_, TableWriter>) {
         let replies = self.session.reply_ack();
-        (&mut self.misses, Surroundings { table: &self.table, actions: &mut self.actions, replies })
+        let now_ns = self.now_ns;
+        (&mut self.misses, Surroundings { table: &self.table, actions: &mut self.actions, replies, now_ns })
     }
 
     fn miss(&mut self, worker: WorkerId, cell: u16, request: MissRequest) {

@@ -58,6 +58,9 @@ impl EventLoop {
         if let Some(front_end) = &mut self.front_end {
             front_end.flush();
             self.busy |= front_end.has_bad_news();
+            if self.figures.waits() && self.device.accepts_requests() {
+                self.figures.answered(now_ns());
+            }
         }
         if let Some(back_end) = &mut self.back_end
             && let Err(reason) = back_end.flush()
@@ -150,6 +153,7 @@ impl EventLoop {
 
     fn close_front_end(&mut self, reason: &str) {
         debug!("the front-end's session is drained and closed: {reason}");
+        self.figures.write(&self.device);
         self.drop_back_end();
         if let Some(front_end) = self.front_end.take() {
             self.poller.forget(&front_end);

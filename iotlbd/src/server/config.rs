@@ -47,6 +47,8 @@ pub struct ServerConfig {
     pub max_workers: usize,
     /// The loop never sleeps: it takes one processor for itself, and no worker ever makes a system call for a miss.
     pub busy_poll: bool,
+    /// Where figures are written after each session and at the end.
+    pub stats: Option<PathBuf>,
     /// The processor that the loop's thread is bound to.
     pub cpu: Option<usize>,
 }
@@ -68,6 +70,7 @@ impl ServerConfig {
             stall: StallPolicy::default(),
             max_workers: 64,
             busy_poll: false,
+            stats: None,
             cpu: None,
         }
     }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use iotlb_proto::liveness::LivenessOwner;
 use iotlb_proto::table::{TableConfig, TableWriter};
-use iotlb_proto::vhost_user::Request;
+use iotlb_proto::vhost_user::{IotlbKind, Request};
 use tracing::{debug, error, info};
 
 use super::alarm::{Alarm, now_ns};
@@ -19,6 +19,7 @@ use super::arrivals::Arrival;
 use super::back_end::BackEnd;
 use super::config::{ServerConfig, StallPolicy};
 use super::eventfd::Signaller;
+use super::figures::Figures;
 use super::front_end::{FrontEnd, FrontEndDoor, Incoming};
 use super::grace::{GraceWait, Pause};
 use super::leases::Leases;
@@ -60,6 +61,7 @@ pub(crate) struct EventLoop {
     pub(super) refusals: LogBudget,
     pub(super) stopping: bool,
     pub(super) done: bool,
+    pub(super) figures: Figures,
     /// Answered misses whose threads sleep. They are woken up when the front-end has got its answers: they wait for
     /// this one page, and all else in the guest may wait for the front-end.
     pub(super) sleepers: Vec<(WorkerId, u16)>,
@@ -149,6 +151,7 @@ impl EventLoop {
             refusals: LogBudget::default(),
             stopping: false,
             done: false,
+            figures: Figures::new(config.stats),
             sleepers: Vec::new(),
             busy: false,
             worked: false,
@@ -178,6 +181,7 @@ impl EventLoop {
             self.harvest(now);
             self.settle();
             if self.done {
+                self.figures.write(&self.device);
                 return Ok(());
             }
             if std::mem::take(&mut self.worked) {
@@ -380,10 +384,15 @@ impl EventLoop {
                 Event::FrontEndLost { reason }
             }
         };
-        if matches!(event, Event::Request { request: Request::GetVringBase { .. }, .. }) {
-            self.note_progress();
+        let now = now_ns();
+        match &event {
+            Event::Request { request: Request::GetVringBase { .. }, .. } => self.note_progress(),
+            Event::Request { request: Request::Iotlb(message), .. } if message.kind == IotlbKind::Invalidate => {
+                self.figures.invalidated(now);
+            }
+            _ => {}
         }
-        self.device.handle(event, now_ns());
+        self.device.handle(event, now);
         true
     }
 

@@ -19,6 +19,7 @@
 //! | `leases` | which worker owns which queue |
 //! | `grace`, `stall` | waiting for readers, and what happens to those that make the guest wait |
 //! | `eventfd` | other processes' eventfds |
+//! | `figures` | what is measured, and where that is written |
 
 pub mod config;
 pub mod inherit;
@@ -32,6 +33,7 @@ mod back_end;
 mod cpu;
 mod event_loop;
 mod eventfd;
+mod figures;
 mod front_end;
 mod grace;
 mod leases;

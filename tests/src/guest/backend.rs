@@ -66,6 +66,7 @@ impl Backend {
         let (front, control) = (front_path(directory.path()), control_path(directory.path()));
         let mut command = Command::new(program("iotlbd")?);
         command.arg(argument("--socket-path=", &front)).arg(argument("--control-socket=", &control));
+        command.arg(argument("--stats=", &logs.path("stats")));
         let mut daemon = Process::start("iotlbd", command, logs)?;
         eventually("iotlbd to open its sockets", WATCHDOG, || {
             daemon.check_running()?;
@@ -122,6 +123,16 @@ impl Backend {
     pub fn check_running(&mut self) -> Result<(), GuestError> {
         self.daemon.check_running()?;
         self.workers.iter_mut().try_for_each(|(_, worker)| worker.check_running())
+    }
+
+    /// As [`Backend::end`]; then what the daemon measured of itself.
+    ///
+    /// # Errors
+    /// As [`Backend::end`], or there are no figures.
+    pub fn end_with_figures(self, logs: &Logs) -> Result<serde_json::Value, GuestError> {
+        self.end()?;
+        serde_json::from_str(&logs.read("stats"))
+            .map_err(|error| GuestError::Check(format!("the daemon's figures are no JSON: {error}")))
     }
 
     /// Ends the workers, then the daemon, by SIGTERM. Both must take it as the wish for a clean end.

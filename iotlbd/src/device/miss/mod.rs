@@ -6,14 +6,15 @@
 //!   order, so the last of a batch asks for a reply, and that reply ends the wait for all of them: a page that is not
 //!   there by then was refused without a word, and is asked for once more, now with a reply of its own. To answer each
 //!   message would cost the front-end as much again as to look the page up.
-//! - So the messages in flight are a queue, and a reply belongs to the oldest that asked for one. A reply that no longer
-//!   concerns anybody only frees its place, and those before it.
+//! - So the messages in flight are a queue, and a reply belongs to the oldest that asked for one. A reply that no
+//!   longer concerns anybody only frees its place, and those before it.
 //! - Few messages are in flight, because the socket holds about 278 and a front-end that waits for us on the main
 //!   channel does not read it. The rest waits in one queue a worker, served in turn.
 //! - Answers are read from the table: what a pending take has removed is not there, so it resolves nobody.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use hdrhistogram::Histogram;
 use iotlb_proto::access::Access;
 use iotlb_proto::iova::{IovaRange, PAGE_MASK, PAGE_SIZE};
 use iotlb_proto::layout::worker::{CELL_CAPACITY, CELL_PAGES_MAX};
@@ -100,7 +101,11 @@ struct Flight {
     access: Access,
     /// It asked for a reply.
     replies: bool,
+    sent_ns: u64,
 }
+
+/// Longest time that a page's figure tells apart from longer ones, in nanoseconds: ten seconds, far beyond any time-out.
+const PAGE_NS_MAX: u64 = 10_000_000_000;
 
 /// Everything that is missing.
 #[derive(Debug)]
@@ -120,6 +125,11 @@ pub(super) struct Misses {
     next_order: u64,
     /// Messages sent so far; the number of the last.
     sent: u64,
+    /// When the last page came that was asked for.
+    came_ns: u64,
+    /// How long the front-end was busy with each page, in nanoseconds: from the message, or from the page before if that
+    /// came later, since the front-end takes one after the other.
+    page_ns: Histogram<u64>,
 }
 
 /// What the engine works with while it handles one event.
@@ -128,6 +138,8 @@ pub(super) struct Surroundings<'a, T: Translations> {
     pub(super) actions: &'a mut VecDeque<Action>,
     /// Whether MISS messages may ask for a reply (REPLY_ACK).
     pub(super) replies: bool,
+    /// The present.
+    pub(super) now_ns: u64,
 }
 
 impl Misses {
@@ -145,12 +157,20 @@ impl Misses {
             next_waiter: 0,
             next_order: 0,
             sent: 0,
+            came_ns: 0,
+            // The bounds are constants in range.
+            page_ns: Histogram::new_with_bounds(1, PAGE_NS_MAX, 2).expect("1 < PAGE_NS_MAX, 2 digits"),
         }
     }
 
     /// MISS messages sent so far.
     pub(super) fn sent(&self) -> u64 {
         self.sent
+    }
+
+    /// How long the front-end was busy with each page that it was asked for.
+    pub(super) fn page_ns(&self) -> &Histogram<u64> {
+        &self.page_ns
     }
 
     /// Misses that wait for an answer.
@@ -230,12 +250,25 @@ impl Misses {
     pub(super) fn appeared<T: Translations>(&mut self, range: IovaRange, to: &mut Surroundings<'_, T>) {
         let first = range.first() & !PAGE_MASK;
         let touched: Vec<u64> = self.pages.range(first..=range.last()).map(|(page, _)| *page).collect();
+        self.note_time(&touched, to.now_ns);
         for page in touched {
             self.recheck(page, to);
             // Without replies nothing else says that the front-end is done with the page.
             if self.silent.remove(&page) {
                 self.judge(page, 0, None, to);
             }
+        }
+    }
+
+    /// Takes the time of an answer, if it is one to a message in flight.
+    fn note_time(&mut self, pages: &[u64], now_ns: u64) {
+        let sent = pages.iter().find_map(|page| match self.pages.get(page)?.state {
+            State::Sent { number } => self.flights.iter().find(|f| f.number == number).map(|f| f.sent_ns),
+            State::Queued { .. } => None,
+        });
+        if let Some(sent_ns) = sent {
+            self.page_ns.saturating_record(now_ns.saturating_sub(sent_ns.max(self.came_ns)));
+            self.came_ns = now_ns;
         }
     }
 
@@ -353,7 +386,7 @@ impl Misses {
         let again = entry.apart || entry.waiters.iter().any(|i| i.attempts > 0 || i.denials > 0);
         let need_reply = to.replies && (ends_batch || again);
         if to.replies {
-            self.flights.push_back(Flight { page, number: self.sent, access, replies: need_reply });
+            self.flights.push_back(Flight { page, number: self.sent, access, replies: need_reply, sent_ns: to.now_ns });
         } else {
             self.silent.insert(page);
         }

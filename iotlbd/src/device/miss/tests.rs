@@ -110,7 +110,7 @@ fn a_long_batch_asks_for_replies_on_the_way() {
 }
 
 fn around<'a>(table: &'a Pages, actions: &'a mut VecDeque<Action>) -> Surroundings<'a, Pages> {
-    Surroundings { table, actions, replies: true }
+    Surroundings { table, actions, replies: true, now_ns: 0 }
 }
 
 /// One step of a random life.
@@ -188,7 +188,7 @@ proptest! {
         let mut due: BTreeMap<(WorkerId, u16), u32> = BTreeMap::new();
         for step in steps {
             let bits = |bits| Access::from_bits(bits).expect("two bits");
-            let mut to = Surroundings { table: &table, actions: &mut actions, replies };
+            let mut to = Surroundings { table: &table, actions: &mut actions, replies, now_ns };
             match step {
                 Step::Post { worker, cell, page, len, access } => {
                     ticket += 1;
@@ -202,7 +202,7 @@ proptest! {
                 }
                 Step::Map { page, access } => {
                     table.0.insert(page * PAGE_SIZE, bits(access));
-                    let mut to = Surroundings { table: &table, actions: &mut actions, replies };
+                    let mut to = Surroundings { table: &table, actions: &mut actions, replies, now_ns };
                     misses.appeared(IovaRange::page_of(page * PAGE_SIZE), &mut to);
                 }
                 Step::Unmap { page } => {

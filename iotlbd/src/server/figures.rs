@@ -1,0 +1,132 @@
+//! What a server measures of itself, and where it writes that.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use hdrhistogram::Histogram;
+use serde::Serialize;
+use tracing::warn;
+
+use crate::device::{Counters, Device};
+
+/// Longest time told apart from longer ones, in nanoseconds: a minute, more than any policy lets a reply wait.
+const MAX_NS: u64 = 60_000_000_000;
+
+/// Times of one kind.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Times {
+    count: u64,
+    mean: f64,
+    p50: u64,
+    p99: u64,
+    max: u64,
+}
+
+impl Times {
+    fn of(histogram: &Histogram<u64>) -> Times {
+        Times {
+            count: histogram.len(),
+            mean: histogram.mean(),
+            p50: histogram.value_at_quantile(0.5),
+            p99: histogram.value_at_quantile(0.99),
+            max: histogram.max(),
+        }
+    }
+}
+
+/// What is written: one JSON object.
+#[derive(Debug, Serialize)]
+struct Report {
+    counters: Counters,
+    /// How long the front-end was busy with each page it was asked for, acknowledgement included.
+    page_ns: Times,
+    /// From an INVALIDATE to its acknowledgement, as far as it is in the daemon's hands.
+    invalidate_ns: Times,
+}
+
+/// Figures of one server.
+#[derive(Debug)]
+pub(crate) struct Figures {
+    path: Option<PathBuf>,
+    invalidate_ns: Histogram<u64>,
+    /// When the invalidation arrived that is not answered yet.
+    invalidated_ns: Option<u64>,
+}
+
+impl Figures {
+    pub(crate) fn new(path: Option<PathBuf>) -> Figures {
+        // The bounds are constants in range.
+        let invalidate_ns = Histogram::new_with_bounds(1, MAX_NS, 2).expect("1 < MAX_NS, 2 digits");
+        Figures { path, invalidate_ns, invalidated_ns: None }
+    }
+
+    /// An INVALIDATE arrived.
+    pub(crate) fn invalidated(&mut self, now_ns: u64) {
+        self.invalidated_ns = Some(now_ns);
+    }
+
+    /// Whether an INVALIDATE waits to be [`answered`](Figures::answered).
+    pub(crate) fn waits(&self) -> bool {
+        self.invalidated_ns.is_some()
+    }
+
+    /// What had arrived was answered.
+    pub(crate) fn answered(&mut self, now_ns: u64) {
+        if let Some(since) = self.invalidated_ns.take() {
+            self.invalidate_ns.saturating_record(now_ns.saturating_sub(since));
+        }
+    }
+
+    /// Writes everything, if somebody wants it. A failure is told and changes nothing else.
+    pub(crate) fn write(&self, device: &Device) {
+        let Some(path) = &self.path else { return };
+        let report = Report {
+            counters: device.counters(),
+            page_ns: Times::of(device.page_ns()),
+            invalidate_ns: Times::of(&self.invalidate_ns),
+        };
+        if let Err(error) = write(path, &report) {
+            warn!("--stats: cannot write {}: {error}", path.display());
+        }
+    }
+}
+
+/// Under another name first, so that a reader finds a whole file.
+fn write(path: &Path, report: &Report) -> io::Result<()> {
+    let mut text = serde_json::to_vec(report)?;
+    text.push(b'\n');
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    std::fs::write(&new, text)?;
+    std::fs::rename(&new, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use iotlb_proto::table::{TableConfig, TableWriter};
+
+    use super::*;
+    use crate::device::DeviceConfig;
+
+    #[test]
+    fn only_invalidations_that_arrived_are_counted_and_a_missing_folder_is_no_end() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("stats.json");
+        let mut figures = Figures::new(Some(path.clone()));
+        figures.answered(5);
+        figures.invalidated(100);
+        assert!(figures.waits());
+        figures.answered(350);
+        figures.answered(999);
+        let (table, _fd) = TableWriter::create(&TableConfig { size: 1 << 20, generation: 1 }).expect("a table");
+        let device = Device::new(DeviceConfig::net(1, 400, 1 << 30), table);
+        figures.write(&device);
+        let text = std::fs::read_to_string(&path).expect("written");
+        let value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(value.pointer("/invalidate_ns/count").and_then(serde_json::Value::as_u64), Some(1));
+        assert!(value.pointer("/invalidate_ns/max").and_then(serde_json::Value::as_u64).is_some_and(|max| max >= 250));
+        assert_eq!(value.pointer("/counters/misses").and_then(serde_json::Value::as_u64), Some(0));
+        drop(folder);
+        figures.write(&device);
+    }
+}
