@@ -1,17 +1,17 @@
 //! A pin: everything that may be done with guest memory.
 
 use std::marker::PhantomData;
-use std::ptr::NonNull;
 
 use iotlb_proto::iova::{IovaRange, PAGE_MASK};
-use iotlb_proto::layout::table::{FLAG_RUNNING, TableHeader};
+use iotlb_proto::layout::table::FLAG_RUNNING;
 use iotlb_proto::sync::{AtomicU64, Ordering};
-use iotlb_proto::table::{QueueRecord, TableReader};
+use iotlb_proto::table::QueueRecord;
 use iotlb_proto::tree::Top;
 
 use crate::Access;
 use crate::reader::Reader;
 use crate::segments::{Piece, Segment, Segments};
+use crate::shared::Shared;
 
 /// Why a range has no translation now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -55,40 +55,19 @@ pub enum Fault {
 /// ```
 #[derive(Debug)]
 pub struct Guard<'r> {
+    // Three words and no more. A pin's fence waits for all stores before it, those of the pin before included; a guard
+    // of a dozen words that went through memory cost more than the fence itself.
     reader: &'r Reader,
-    table: &'r TableReader,
-    header: &'r TableHeader,
+    shared: &'r Shared,
     top: Top<'r>,
-    arena: NonNull<u8>,
-    /// Whole pages.
-    arena_size: u64,
-    /// Memory-map generation that was mapped when the pin was taken.
-    mapped_generation: u64,
-    /// The same, or a number no map has when some region could not be mapped: then a target has to be compared with the
-    /// regions.
-    complete_generation: u64,
     /// The slot belongs to the thread that pinned.
     _not_send: PhantomData<*mut ()>,
 }
 
 impl<'r> Guard<'r> {
     #[inline(always)]
-    pub(crate) fn new(reader: &'r Reader) -> Guard<'r> {
-        let shared = reader.shared();
-        let mapped_generation = shared.mapped_generation();
-        // After the generation: who sees a generation sees which of its regions were refused.
-        let complete_generation = if shared.arena.is_complete() { mapped_generation } else { u64::MAX };
-        Guard {
-            reader,
-            table: &shared.table,
-            header: shared.table.header(),
-            top: shared.table.top(),
-            arena: shared.arena.base(),
-            arena_size: shared.arena.size(),
-            mapped_generation,
-            complete_generation,
-            _not_send: PhantomData,
-        }
+    pub(crate) fn new(reader: &'r Reader, shared: &'r Shared, top: Top<'r>) -> Guard<'r> {
+        Guard { reader, shared, top, _not_send: PhantomData }
     }
 
     /// Where the `len` bytes from `iova` are, if the device may access them like that: all of them, or none.
@@ -122,14 +101,14 @@ impl<'r> Guard<'r> {
     /// The range, when it lies in one 4 KiB page below 512 GiB, and nothing at all is unusual about it. This is
     /// what nearly every lookup is; each test is a branch that nearly always goes the same way.
     #[inline(always)]
-    fn quick(&self, iova: u64, len: u64, access: Access) -> Option<Segment<'_>> {
-        self.top.page(iova, access).and_then(|leaf| self.within_page(leaf, iova, len))
+    pub(crate) fn quick(&self, iova: u64, len: u64, access: Access) -> Option<Segment<'_>> {
+        self.shared.table.page(self.top, iova, access).and_then(|leaf| self.within_page(leaf, iova, len))
     }
 
     /// The word of the 4 KiB page around `iova`, not loaded yet; `None` when it is not one of the usual ones.
     #[inline(always)]
     pub(crate) fn page_word(&self, iova: u64) -> Option<&AtomicU64> {
-        self.top.word(iova)
+        self.shared.table.page_word(self.top, iova)
     }
 
     /// The range, when the entry is a 4 KiB leaf that holds all of it, and nothing at all is unusual about it.
@@ -138,56 +117,64 @@ impl<'r> Guard<'r> {
         let inside = iova & PAGE_MASK;
         // `len - 1` of an empty range is larger than any page. The arena has whole pages, so the leaf's bits below its
         // target do not matter.
-        if len.wrapping_sub(1) > PAGE_MASK - inside || leaf >= self.arena_size || self.map_differs() {
+        if len.wrapping_sub(1) > PAGE_MASK - inside || leaf >= self.shared.arena.size() || self.map_differs() {
             return None;
         }
         self.segment(leaf & !PAGE_MASK | inside, len)
     }
 
     /// The range, when any leaf of the tree holds all of it, and nothing else is unusual about it.
+    #[cold]
     #[inline(never)]
     pub(crate) fn within_leaf(&self, iova: u64, len: u64, access: Access) -> Option<Segment<'_>> {
-        let leaf = self.table.lookup_leaf(iova)?;
+        let leaf = self.shared.table.lookup_leaf(iova)?;
         // As in `within_page`, where any leaf is larger but the one that covers the whole space.
         if len.wrapping_sub(1) > leaf.last(iova) - iova || len == 0 || !leaf.access().allows(access) {
             return None;
         }
         let offset = leaf.address(iova);
-        if self.map_differs() || offset > self.arena_size || len > self.arena_size - offset {
+        if self.map_differs() || !self.in_arena(offset, len) {
             return None;
         }
         self.segment(offset, len)
     }
 
-    /// Whether the table may hold entries into regions that are not mapped, or not those this pin knows of. Asked
-    /// *after* an entry was loaded.
+    /// The table's memory-map generation. Asked for *after* an entry was loaded: the entry points into regions of this
+    /// generation or of older ones.
     #[inline]
-    fn map_differs(&self) -> bool {
-        // As in `map_is_newer`.
-        self.header.state.memory_map_generation.load(Ordering::Acquire) != self.complete_generation
-    }
-
-    /// The table may hold entries into regions that were not mapped when this pin was taken. Asked *after* an entry was
-    /// loaded.
-    #[inline]
-    fn map_is_newer(&self) -> bool {
+    fn map_generation(&self) -> u64 {
         // Acquire, after the acquire load of the entry. Its partner is the daemon's bump of the generation, which
         // comes before its release of the first entry into a new region: who sees the entry sees the generation.
-        self.header.state.memory_map_generation.load(Ordering::Acquire) > self.mapped_generation
+        self.shared.table.header().state.memory_map_generation.load(Ordering::Acquire)
+    }
+
+    /// Whether the table may hold entries into regions that are not mapped. The other side may change during the pin:
+    /// regions are added then, and none is taken away that an entry this pin can reach points into, since the daemon
+    /// says so only after the grace period that took the entries away.
+    #[inline]
+    fn map_differs(&self) -> bool {
+        self.map_generation() != self.shared.complete_generation()
+    }
+
+    #[inline]
+    fn in_arena(&self, offset: u64, len: u64) -> bool {
+        let size = self.shared.arena.size();
+        offset <= size && len <= size - offset
     }
 
     /// `len` bytes at an arena offset. The caller has seen that they lie in the arena.
     #[inline]
     fn segment(&self, offset: u64, len: u64) -> Option<Segment<'_>> {
-        debug_assert!(offset <= self.arena_size && len <= self.arena_size - offset);
+        debug_assert!(self.in_arena(offset, len));
         // Both fit: the arena is no larger than the address space.
         let (offset, len) = (usize::try_from(offset).ok()?, usize::try_from(len).ok()?);
         // SAFETY: the callers have compared the offset with the arena's size, so the sum lies in the arena's own
         // reservation, or just behind it.
-        let pointer = unsafe { self.arena.add(offset) };
+        let pointer = unsafe { self.shared.arena.base().add(offset) };
         Some(Segment::new(pointer, len))
     }
 
+    #[cold]
     #[inline(never)]
     fn not_quick(&self, iova: u64, len: u64, access: Access) -> Result<(Segment<'_>, (usize, usize)), Fault> {
         match self.within_leaf(iova, len, access) {
@@ -223,21 +210,22 @@ impl<'r> Guard<'r> {
     #[inline]
     fn piece(&self, range: IovaRange, access: Access) -> Result<(Piece, u64), Fault> {
         let iova = range.first();
-        let leaf = self.table.lookup(iova).filter(|leaf| leaf.access.allows(access));
+        let leaf = self.shared.table.lookup(iova).filter(|leaf| leaf.access.allows(access));
         let Some(leaf) = leaf else {
             let access = if access.is_none() { Access::READ } else { access };
             return Err(Fault::Miss { iova, access });
         };
-        if self.map_is_newer() {
+        if self.map_generation() > self.shared.mapped_generation() {
             return Err(Fault::Remapping);
         }
         let last = leaf.last.min(range.last());
         let len = (last - iova).checked_add(1).ok_or(Fault::Invalid)?;
         let offset = leaf.target.wrapping_add(iova.wrapping_sub(leaf.first));
-        if offset > self.arena_size || len > self.arena_size - offset {
+        if !self.in_arena(offset, len) {
             return Err(Fault::Invalid);
         }
-        if self.complete_generation != self.mapped_generation && !self.reader.shared().arena.is_mapped(offset, len) {
+        // After the generation: who sees a generation sees which of its regions were refused.
+        if !self.shared.arena.is_complete() && !self.shared.arena.is_mapped(offset, len) {
             return Err(Fault::Invalid);
         }
         Ok(((offset, len), last))
@@ -304,7 +292,7 @@ impl<'r> Guard<'r> {
     /// A ring as the front-end set it up; `None` for an index no device has.
     #[must_use]
     pub fn queue_record(&self, queue: u16) -> Option<QueueRecord> {
-        self.table.queue(queue)
+        self.shared.table.queue(queue)
     }
 
     /// Grows with every translation that was taken away. A pointer that is kept across pins is void when it changed.
@@ -313,7 +301,7 @@ impl<'r> Guard<'r> {
     pub fn removal_generation(&self) -> u64 {
         // Acquire pairs with the daemon's release; a removal that the pin is too late for has bumped it before the
         // fence that orders both.
-        self.header.state.removal_generation.load(Ordering::Acquire)
+        self.shared.table.header().state.removal_generation.load(Ordering::Acquire)
     }
 
     /// Grows with every front-end session and device reset.
@@ -321,7 +309,7 @@ impl<'r> Guard<'r> {
     #[must_use]
     pub fn session_generation(&self) -> u64 {
         // Acquire, as are the ones below: pairs with the daemon's release.
-        self.header.state.session_generation.load(Ordering::Acquire)
+        self.shared.table.header().state.session_generation.load(Ordering::Acquire)
     }
 
     /// Grows whenever a queue record changed.
@@ -329,7 +317,7 @@ impl<'r> Guard<'r> {
     #[must_use]
     pub fn queue_generation(&self) -> u64 {
         // As in `session_generation`.
-        self.header.state.queue_generation.load(Ordering::Acquire)
+        self.shared.table.header().state.queue_generation.load(Ordering::Acquire)
     }
 
     /// Virtio feature bits the driver acknowledged; 0 before it did.
@@ -337,7 +325,7 @@ impl<'r> Guard<'r> {
     #[must_use]
     pub fn acked_features(&self) -> u64 {
         // As in `session_generation`.
-        self.header.state.acked_features.load(Ordering::Acquire)
+        self.shared.table.header().state.acked_features.load(Ordering::Acquire)
     }
 
     /// Whether a front-end is connected and its session may be served.
@@ -345,7 +333,7 @@ impl<'r> Guard<'r> {
     #[must_use]
     pub fn running(&self) -> bool {
         // As in `session_generation`.
-        self.header.state.flags.load(Ordering::Acquire) & FLAG_RUNNING != 0
+        self.shared.table.header().state.flags.load(Ordering::Acquire) & FLAG_RUNNING != 0
     }
 
     pub(crate) fn reader(&self) -> &Reader {

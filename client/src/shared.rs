@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use iotlb_proto::liveness::LivenessView;
+use iotlb_proto::liveness::{LivenessView, LivenessWord};
 use iotlb_proto::sync::{AtomicU32, AtomicU64, Ordering};
 use iotlb_proto::table::TableReader;
 use iotlb_proto::worker::WorkerSegment;
@@ -20,6 +20,9 @@ use crate::reader::slots::SlotPool;
 const STATE_REVOKED: u32 = 1;
 /// The control socket is gone: neither regions nor a revocation could reach this process any more.
 const STATE_LOST: u32 = 2;
+
+/// No map has this generation.
+const INCOMPLETE: u64 = u64::MAX;
 
 /// Longest a blocked thread goes without looking whether the daemon lives, in milliseconds. The control thread wakes
 /// sleepers as soon as it sees the end, so this only bounds a wake-up lost to a race.
@@ -54,8 +57,31 @@ pub(crate) struct Shared {
     state: AtomicU32,
     /// Memory-map generation up to which the arena is what the daemon said.
     mapped_generation: AtomicU64,
+    /// The same, or [`INCOMPLETE`] while some region could not be mapped.
+    complete_generation: AtomicU64,
     mapped_lock: Mutex<()>,
     mapped_changed: Condvar,
+}
+
+/// The words that say whether an attachment is of use.
+#[derive(Clone, Copy)]
+pub(crate) struct Signs<'s> {
+    state: &'s AtomicU32,
+    liveness: LivenessWord<'s>,
+}
+
+impl Signs<'_> {
+    /// Two loads: fit for every pin.
+    #[inline(always)]
+    pub(crate) fn check(self) -> Result<(), Down> {
+        // Acquire pairs with the release in `set_state`; a revocation is not waited for by anybody who only reads the
+        // flag.
+        let state = self.state.load(Ordering::Acquire);
+        if state == 0 && self.liveness.alive() {
+            return Ok(());
+        }
+        Err(if state & STATE_REVOKED != 0 { Down::Revoked } else { Down::DaemonDead })
+    }
 }
 
 /// What WELCOME brought, checked and mapped.
@@ -90,21 +116,21 @@ impl Shared {
             queues: parts.queues,
             state: AtomicU32::new(0),
             mapped_generation: AtomicU64::new(0),
+            complete_generation: AtomicU64::new(0),
             mapped_lock: Mutex::new(()),
             mapped_changed: Condvar::new(),
         }
     }
 
-    /// Loads only: fit for every pin.
     #[inline]
     pub(crate) fn check(&self) -> Result<(), Down> {
-        // Acquire pairs with the release in `set_state`; a revocation is not waited for by anybody who only reads the
-        // flag.
-        let state = self.state.load(Ordering::Acquire);
-        if state == 0 && self.liveness.alive() {
-            return Ok(());
-        }
-        Err(if state & STATE_REVOKED != 0 { Down::Revoked } else { Down::DaemonDead })
+        self.signs().check()
+    }
+
+    /// Where [`Shared::check`] looks.
+    #[inline]
+    pub(crate) fn signs(&self) -> Signs<'_> {
+        Signs { state: &self.state, liveness: self.liveness.word() }
     }
 
     pub(crate) fn set_revoked(&self) {
@@ -116,7 +142,7 @@ impl Shared {
     }
 
     fn set_state(&self, bit: u32) {
-        // Release pairs with the acquire in `check`.
+        // Release pairs with the acquire in `Signs::check`.
         self.state.fetch_or(bit, Ordering::Release);
         self.wake_all();
     }
@@ -147,10 +173,26 @@ impl Shared {
         self.mapped_generation.load(Ordering::Acquire)
     }
 
+    /// The memory-map generation whose regions are all mapped, and none refused; else a number no map has.
+    #[inline]
+    pub(crate) fn complete_generation(&self) -> u64 {
+        // Acquire pairs with the release in `arena_changed`: who sees the generation sees the mappings.
+        self.complete_generation.load(Ordering::Acquire)
+    }
+
+    /// The control thread changed the arena, or is done with a generation. Regions are refused under a generation that
+    /// the table has named before they were announced, so no reader takes the time until then for a complete one.
+    pub(crate) fn arena_changed(&self) {
+        let generation = if self.arena.is_complete() { self.mapped_generation() } else { INCOMPLETE };
+        // Release pairs with the acquire in `complete_generation`.
+        self.complete_generation.store(generation, Ordering::Release);
+    }
+
     pub(crate) fn set_mapped(&self, generation: u64) {
         let _held = self.mapped_lock.lock().unwrap_or_else(PoisonError::into_inner);
         // Release pairs with the acquire in `mapped_generation`.
         self.mapped_generation.store(generation, Ordering::Release);
+        self.arena_changed();
         self.mapped_changed.notify_all();
     }
 

@@ -145,10 +145,31 @@ impl LivenessView {
     #[inline]
     #[must_use]
     pub fn alive(&self) -> bool {
+        self.word().alive()
+    }
+
+    /// Where the word is, for a reader that finds that out before its fence and looks at the word after it.
+    #[inline]
+    #[must_use]
+    pub fn word(&self) -> LivenessWord<'_> {
+        LivenessWord(&self.word)
+    }
+}
+
+/// The word of a [`LivenessView`].
+#[derive(Clone, Copy, Debug)]
+pub struct LivenessWord<'v>(&'v AtomicU32);
+
+impl LivenessWord<'_> {
+    /// See [`LivenessView::alive`].
+    #[inline]
+    #[must_use]
+    pub fn alive(self) -> bool {
         // Acquire pairs with the release store in `create`; the kernel's store at death needs no partner: nothing
         // the dead process wrote is looked at afterwards.
-        let word = self.word.load(Ordering::Acquire);
-        word & OWNER_DIED == 0 && word & TID_MASK != 0
+        let word = self.0.load(Ordering::Acquire);
+        // Both in one comparison: a thread, and the bit above not set.
+        (word & (OWNER_DIED | TID_MASK)).wrapping_sub(1) < TID_MASK
     }
 }
 

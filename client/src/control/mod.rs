@@ -122,6 +122,7 @@ impl Control {
                             "memory region not mapped; translations into it will be refused"
                         );
                     }
+                    shared.arena_changed();
                 }
                 _ => error!(region = region.id, "memory region came without exactly one descriptor; ignored"),
             },
@@ -129,6 +130,7 @@ impl Control {
                 if let Err(error) = shared.arena.remove(id) {
                     error!(region = id, %error, "memory region not unmapped");
                 }
+                shared.arena_changed();
             }
             DaemonMessage::MemoryMap { generation } => {
                 shared.set_mapped(generation);

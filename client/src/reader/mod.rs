@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use iotlb_proto::epoch;
+use iotlb_proto::shm::SharedObject;
 use iotlb_proto::sync::{AtomicU64, Ordering};
 
 use crate::attach::Attachment;
@@ -19,6 +20,9 @@ use crate::{Access, Answer, thread_pins};
 /// Lookups a reader keeps to itself before it adds them to the segment's counters. An add is two locked operations on a
 /// line that other threads write too, so it must not come with every pin.
 const FLUSH_LOOKUPS: u64 = 1024;
+
+/// In [`Reader::lookups`]: translations of this pin keep pieces. Far above any number of lookups.
+const KEEPS_PIECES: u64 = 1 << 63;
 
 /// Why there is no reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -72,13 +76,16 @@ pub struct Reader {
     /// Keeps the control thread running.
     _attachment: Attachment,
     slot: usize,
-    /// Guards that live. 64 bits, so that no number of forgotten guards can wrap it.
-    depth: Cell<u64>,
+    slot_word: SharedObject<AtomicU64>,
+    writer_sleeps: SharedObject<AtomicU64>,
+    /// Guards that live, but for one: that there is one at all is in the slot. 64 bits, so that no number of forgotten
+    /// guards can wrap it.
+    inner: Cell<u64>,
+    /// Not flushed yet; and [`KEEPS_PIECES`], so that the end of a pin finds in one word that there is nothing to do.
     lookups: Cell<u64>,
     faults: Cell<u64>,
-    /// What the translations of this pin keep, and whether that is anything.
+    /// What the translations of this pin keep.
     pieces: RefCell<Pieces>,
-    keeps: Cell<bool>,
     spin: Spin,
 }
 
@@ -88,15 +95,17 @@ impl Reader {
         shared.check()?;
         let slot = shared.slots.take().ok_or(ReaderError::TooMany)?;
         shared.segment.raise_high_water(slot as u64 + 1);
+        let (slot_word, writer_sleeps) = (shared.segment.slot(slot), shared.table.writer_sleeps());
         Ok(Reader {
             shared,
             _attachment: attachment,
             slot,
-            depth: Cell::new(0),
+            slot_word,
+            writer_sleeps,
+            inner: Cell::new(0),
             lookups: Cell::new(0),
             faults: Cell::new(0),
             pieces: RefCell::default(),
-            keeps: Cell::new(false),
             spin: Spin::default(),
         })
     }
@@ -113,35 +122,43 @@ impl Reader {
     pub fn pin(&self) -> Result<Guard<'_>, PinError> {
         // Part of the caller, so that a guard is put together where it stays: passed on through memory in pieces of
         // another size, it costs more than all else here.
-        let depth = self.depth.get();
-        if depth == 0 {
-            epoch::pin(self.slot_word(), &self.shared.table.header().epoch.word);
-            if let Err(down) = self.shared.check() {
+        //
+        // Where everything is, is found out before the fence: no load begins before that is done, so behind it each
+        // load that needs another one's result counts in full.
+        let shared = &*self.shared;
+        let (signs, root) = (shared.signs(), shared.table.root());
+        if epoch::is_pinned(&self.slot_word) {
+            self.inner.set(self.inner.get() + 1);
+        } else {
+            // Before the fence: it waits for stores, so that what reads this one back at the end does not have to.
+            thread_pins::enter();
+            epoch::pin(&self.slot_word, &shared.table.header().epoch.word);
+            if let Err(down) = signs.check() {
                 return Err(self.refuse(down));
             }
-            thread_pins::enter();
         }
-        self.depth.set(depth + 1);
-        Ok(Guard::new(self))
+        // After the pin, as every load of the table.
+        Ok(Guard::new(self, shared, shared.table.top(root)))
     }
 
     #[cold]
     #[inline(never)]
     fn refuse(&self, down: Down) -> PinError {
-        self.unpin_slot();
+        self.unpin();
         down.into()
     }
 
     #[inline(always)]
     pub(crate) fn unpin(&self) {
-        let depth = self.depth.get() - 1;
-        self.depth.set(depth);
-        if depth == 0 {
+        let inner = self.inner.get();
+        if inner == 0 {
             self.unpin_slot();
             thread_pins::leave();
-            if self.keeps.get() || self.lookups.get() >= FLUSH_LOOKUPS {
+            if self.lookups.get() >= FLUSH_LOOKUPS {
                 self.tidy();
             }
+        } else {
+            self.inner.set(inner - 1);
         }
     }
 
@@ -150,7 +167,8 @@ impl Reader {
     #[inline(never)]
     fn tidy(&self) {
         // Nothing that refers to the pieces is left: it borrowed a guard.
-        if self.keeps.replace(false) {
+        if self.lookups.get() & KEEPS_PIECES != 0 {
+            self.lookups.set(self.lookups.get() & !KEEPS_PIECES);
             self.pieces.borrow_mut().clear();
         }
         if self.lookups.get() >= FLUSH_LOOKUPS {
@@ -160,9 +178,9 @@ impl Reader {
 
     #[inline]
     fn unpin_slot(&self) {
-        epoch::unpin(self.slot_word());
+        epoch::unpin(&self.slot_word);
         // Relaxed, and no fence: a daemon that went to sleep in between looks again by itself shortly after.
-        if self.shared.table.header().wake.writer_sleeps.load(Ordering::Relaxed) != 0 {
+        if self.writer_sleeps.load(Ordering::Relaxed) != 0 {
             self.wake_writer();
         }
     }
@@ -171,11 +189,6 @@ impl Reader {
     #[inline(never)]
     fn wake_writer(&self) {
         self.shared.ring_doorbell();
-    }
-
-    #[inline]
-    fn slot_word(&self) -> &AtomicU64 {
-        &self.shared.segment.slots[self.slot].word
     }
 
     /// Makes sure that `len` bytes from `iova` are in the table with `access`, by asking the daemon for what is
@@ -245,7 +258,9 @@ impl Reader {
     /// Adds what this reader counted to the segment's counters now, instead of every thousand lookups or so. Before a
     /// thread goes idle, say.
     pub fn flush_counters(&self) {
-        let (lookups, faults) = (self.lookups.replace(0), self.faults.replace(0));
+        let (lookups, faults) = (self.lookups.get() & !KEEPS_PIECES, self.faults.replace(0));
+        // A pin may be under way.
+        self.lookups.set(self.lookups.get() & KEEPS_PIECES);
         if lookups > 0 {
             let counters = &self.shared.segment.counters;
             // Relaxed: statistics.
@@ -271,7 +286,7 @@ impl Reader {
 
     /// Keeps all but the first piece of a translation until the pin ends.
     pub(crate) fn keep_pieces<E>(&self, pieces: impl Iterator<Item = Result<Piece, E>>) -> Result<Option<Kept>, E> {
-        self.keeps.set(true);
+        self.lookups.set(self.lookups.get() | KEEPS_PIECES);
         // Borrowed nowhere else: the iterator translates and does not come here.
         self.pieces.borrow_mut().add(pieces)
     }
@@ -296,7 +311,7 @@ impl Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        if self.depth.get() > 0 {
+        if epoch::is_pinned(&self.slot_word) {
             // A guard was forgotten. Nothing it yielded can be reached any more, since all of it borrowed this reader.
             self.unpin_slot();
         }

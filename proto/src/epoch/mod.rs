@@ -65,4 +65,4 @@ pub mod grace;
 pub mod slot;
 
 pub use grace::{Grace, Stamp};
-pub use slot::{is_drained, pin, unpin};
+pub use slot::{is_drained, is_pinned, pin, unpin};

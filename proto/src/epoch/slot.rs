@@ -18,6 +18,14 @@ pub fn pin(slot: &AtomicU64, epoch: &AtomicU64) -> u64 {
     now
 }
 
+/// Whether the slot's own reader has pinned and not unpinned. For nobody else.
+#[inline]
+#[must_use]
+pub fn is_pinned(slot: &AtomicU64) -> bool {
+    // Relaxed: it reads back its own store.
+    slot.load(Ordering::Relaxed) != UNPINNED
+}
+
 /// Unpins.
 #[inline]
 pub fn unpin(slot: &AtomicU64) {

@@ -35,7 +35,8 @@ impl<T: SharedWords> Deref for SharedSlice<T> {
     #[inline]
     fn deref(&self) -> &[T] {
         // SAFETY: `new` took the pointer from a checked reference into the mapping, which `self.mapping` keeps mapped
-        // at the same place.
+        // at the same place; or `SharedObject::part` from one that whoever got it could only have from there, since it
+        // lives as long as any reference into the mapping that the function is called with, or for ever.
         unsafe { self.slice.as_ref() }
     }
 }
@@ -57,6 +58,13 @@ impl<T: SharedWords> SharedObject<T> {
     /// It would reach past the end, or is not aligned.
     pub fn new(mapping: &Arc<Mapping>, offset: usize) -> Result<SharedObject<T>, MappingError> {
         SharedSlice::new(mapping, offset, 1).map(SharedObject)
+    }
+
+    /// A part of the object, as an object of its own: where it is need not be found again for each access.
+    #[must_use]
+    pub fn part<U: SharedWords>(&self, pick: impl FnOnce(&T) -> &U) -> SharedObject<U> {
+        let slice = NonNull::from(std::slice::from_ref(pick(self)));
+        SharedObject(SharedSlice { slice, mapping: Arc::clone(&self.0.mapping) })
     }
 }
 

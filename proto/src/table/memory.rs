@@ -9,7 +9,7 @@ use super::Translation;
 use super::side;
 use crate::layout::table::{Node, SideCopy, TableHeader};
 use crate::sync::Ordering;
-use crate::tree::{self, Top, TreeView};
+use crate::tree::{self, TreeView};
 
 /// Fewest tree nodes a table has: twice what an insert with ragged edges can take in the highest tree (30), so that one
 /// finds room while as many again wait for a grace period.
@@ -40,14 +40,6 @@ impl TableMemory {
     pub fn lookup_leaf(&self, iova: u64) -> Option<tree::Leaf> {
         // Acquire pairs with the release stores of the root word in `tree::edit`.
         tree::lookup(self.header().roots.tree.load(Ordering::Acquire), self.nodes(), iova)
-    }
-
-    /// The short way to most leaves, for as long as the present pin lasts.
-    #[inline(always)]
-    #[must_use]
-    pub fn top(&self) -> Top<'_> {
-        // Acquire, as in `lookup_leaf`.
-        Top::new(self.header().roots.tree.load(Ordering::Acquire), self.nodes())
     }
 
     /// The byte-granular range around `iova`: what is left when the tree has no leaf.
@@ -168,6 +160,10 @@ mod mapped {
         #[inline]
         #[must_use]
         pub fn header(&self) -> &TableHeader {
+            &self.header
+        }
+
+        pub(in crate::table) fn header_object(&self) -> &SharedObject<TableHeader> {
             &self.header
         }
 

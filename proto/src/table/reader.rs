@@ -3,7 +3,10 @@
 use std::os::fd::BorrowedFd;
 
 use super::{QueueRecord, TableError, TableMemory, Translation};
+use crate::access::Access;
 use crate::layout::table::TableHeader;
+use crate::shm::SharedObject;
+use crate::sync::{AtomicU64, Ordering};
 use crate::tree::{Leaf, Top};
 
 /// Attempts to copy a queue record between two of the daemon's changes. One change is some ten stores, and they are
@@ -32,6 +35,12 @@ impl TableReader {
         self.memory.header()
     }
 
+    /// [`Wake::writer_sleeps`](crate::layout::table::Wake::writer_sleeps), for who looks at it all the time.
+    #[must_use]
+    pub fn writer_sleeps(&self) -> SharedObject<AtomicU64> {
+        self.memory.header_object().part(|header| &header.wake.writer_sleeps)
+    }
+
     /// The leaf or byte-granular range around `iova`.
     #[inline]
     #[must_use]
@@ -46,12 +55,35 @@ impl TableReader {
         self.memory.lookup_leaf(iova)
     }
 
-    /// The short way to most leaves, for as long as the present pin lasts. What it does not find,
-    /// [`TableReader::lookup_leaf`] still may.
+    /// Where the root word is, for a reader that finds that out before its fence and asks for the [`TableReader::top`]
+    /// after it.
     #[inline(always)]
     #[must_use]
-    pub fn top(&self) -> Top<'_> {
-        self.memory.top()
+    pub fn root(&self) -> &AtomicU64 {
+        &self.memory.header().roots.tree
+    }
+
+    /// The short way to most leaves, for as long as the present pin lasts. What it does not find,
+    /// [`TableReader::lookup_leaf`] still may. `root` is [`TableReader::root`].
+    #[inline(always)]
+    #[must_use]
+    pub fn top(&self, root: &AtomicU64) -> Top<'_> {
+        // Acquire pairs with the release stores of the root word in `tree::edit`.
+        Top::new(root.load(Ordering::Acquire), self.memory.nodes())
+    }
+
+    /// The word of the 4 KiB page around `iova` below `top`, which comes from this table; see [`Top::word`].
+    #[inline(always)]
+    #[must_use]
+    pub fn page_word<'t>(&'t self, top: Top<'t>, iova: u64) -> Option<&'t AtomicU64> {
+        top.word(self.memory.nodes(), iova)
+    }
+
+    /// The entry of the page around `iova` below `top`, which comes from this table; see [`Top::page`].
+    #[inline(always)]
+    #[must_use]
+    pub fn page<'t>(&'t self, top: Top<'t>, iova: u64, access: Access) -> Option<u64> {
+        top.page(self.memory.nodes(), iova, access)
     }
 
     /// The byte-granular range around `iova`, which counts only when the tree has no leaf there.

@@ -109,6 +109,18 @@ pub const fn root_node(root: u64) -> usize {
     }
 }
 
+/// Node number of a root word of that height, at most 255; for every other one a number that no table has a node for.
+/// The twin of [`child_if_link`].
+#[inline]
+#[must_use]
+pub const fn root_node_if(root: u64, height: u32) -> usize {
+    // What is left of the height becomes bits above 55 here: none, when it is that height.
+    #[allow(clippy::cast_possible_truncation)]
+    {
+        (root ^ height as u64).rotate_right(8) as usize
+    }
+}
+
 /// Height in a root word; 0: the tree is empty.
 #[inline]
 #[must_use]
@@ -126,6 +138,18 @@ mod tests {
             assert_eq!(child_if_link(link(node)), child(link(node)));
             for flags in (0..=PAGE_MASK).filter(|flags| *flags != PRESENT) {
                 assert!(child_if_link(u64::from(node) << PAGE_SHIFT | flags) > u32::MAX as usize, "{node} {flags:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn only_a_root_of_that_height_has_a_node_number() {
+        for node in [0, 1, 4711, u32::MAX] {
+            for height in 1..=6 {
+                assert_eq!(root_node_if(root(node, height), height), root_node(root(node, height)));
+                for other in (0..=255).filter(|other| *other != height) {
+                    assert!(root_node_if(root(node, other), height) > u32::MAX as usize, "{node} {other} {height}");
+                }
             }
         }
     }

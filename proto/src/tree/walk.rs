@@ -105,12 +105,12 @@ pub fn lookup(root: u64, nodes: &[Node], iova: u64) -> Option<Leaf> {
 /// The levels of the trees that [`Top`] serves: they reach 512 GiB.
 const TOP_HEIGHT: u32 = 3;
 
-/// The root node of a tree of three levels; kept for the length of a pin.
+/// The root node of a tree of three levels; kept for the length of a pin. One word, since every pin stores it; so the
+/// table's nodes are named again with each question.
 #[derive(Clone, Copy, Debug)]
 pub struct Top<'t> {
-    nodes: &'t [Node],
-    /// The root node's entries; none when the tree has another height.
-    links: &'t [AtomicU64],
+    /// `None`: the tree has another height.
+    node: Option<&'t Node>,
 }
 
 impl<'t> Top<'t> {
@@ -118,30 +118,30 @@ impl<'t> Top<'t> {
     #[inline(always)]
     #[must_use]
     pub fn new(root: u64, nodes: &'t [Node]) -> Top<'t> {
-        let node = if entry::root_height(root) == TOP_HEIGHT { nodes.get(entry::root_node(root)) } else { None };
-        Top { nodes, links: node.map_or(&[][..], |node| &node.entries) }
+        Top { node: nodes.get(entry::root_node_if(root, TOP_HEIGHT)) }
     }
 
-    /// The word of the 4 KiB page around `iova`, whatever it says. `None`: no such word here; ask [`lookup`].
+    /// The word of the 4 KiB page around `iova`, whatever it says. `None`: no such word here; ask [`lookup`]. `nodes`
+    /// are those the root node is one of.
     #[inline(always)]
     #[must_use]
-    pub fn word(&self, iova: u64) -> Option<&'t AtomicU64> {
+    pub fn word(self, nodes: &'t [Node], iova: u64) -> Option<&'t AtomicU64> {
         // Fits: the crate is for 64-bit targets only. Not masked: an address too high is past the end.
         #[allow(clippy::cast_possible_truncation)]
         let number = (iova >> level_shift(2)) as usize;
         // Acquire, here and below, as in `lookup`.
-        let upper = self.links.get(number)?.load(Ordering::Acquire);
-        let middle = &self.nodes.get(entry::child_if_link(upper))?.entries[index(iova, level_shift(1))];
-        let lowest = self.nodes.get(entry::child_if_link(middle.load(Ordering::Acquire)))?;
+        let upper = self.node?.entries.get(number)?.load(Ordering::Acquire);
+        let middle = &nodes.get(entry::child_if_link(upper))?.entries[index(iova, level_shift(1))];
+        let lowest = nodes.get(entry::child_if_link(middle.load(Ordering::Acquire)))?;
         Some(&lowest.entries[index(iova, level_shift(0))])
     }
 
     /// The entry of the page around `iova`, when it is a leaf that allows `access`.
     #[inline(always)]
     #[must_use]
-    pub fn page(&self, iova: u64, access: Access) -> Option<u64> {
+    pub fn page(self, nodes: &'t [Node], iova: u64, access: Access) -> Option<u64> {
         // Acquire pairs with the release in `edit`: who sees an entry sees the memory-map generation it needs.
-        let found = self.word(iova)?.load(Ordering::Acquire);
+        let found = self.word(nodes, iova)?.load(Ordering::Acquire);
         entry::is_leaf_for(found, access).then_some(found)
     }
 }
@@ -174,42 +174,49 @@ mod tests {
     #[test]
     fn a_kept_root_finds_what_it_held_and_never_anything_else() {
         let (mut table, fd) = TableWriter::create(&TableConfig { size: 1 << 20, generation: 1 }).expect("a table");
-        insert(&mut table, 0);
-        assert_eq!(table.memory().top().page(0, Access::READ), None, "one level is not the usual tree");
-        insert(&mut table, PAGE);
-        let leaf = Some(entry::leaf(TARGET, Access::READ));
-        let found = |table: &TableWriter, top: &Top<'_>| {
-            (top.page(PAGE + 7, Access::READ), table.memory().lookup_leaf(PAGE).is_some())
-        };
         // A second view of the same memory, as a reader has one.
         let reader =
             TableReader::open(fd.as_fd(), table.memory().header().identity.segment_size.load(Ordering::Relaxed))
                 .expect("mapped");
-        let top = reader.top();
-        assert_eq!(found(&table, &top), (leaf, true));
-        assert_eq!(top.page(PAGE, Access::WRITE), None);
+        insert(&mut table, 0);
+        assert_eq!(page(&reader, reader.top(reader.root()), 0, Access::READ), None, "one level is not the usual tree");
+        insert(&mut table, PAGE);
+        let leaf = Some(entry::leaf(TARGET, Access::READ));
+        // Functions and not closures: a closure's argument could not live as long as the reader.
+        fn page<'t>(reader: &'t TableReader, top: Top<'t>, iova: u64, access: Access) -> Option<u64> {
+            reader.page(top, iova, access)
+        }
+        fn found<'t>(reader: &'t TableReader, table: &TableWriter, top: Top<'t>) -> (Option<u64>, bool) {
+            (page(reader, top, PAGE + 7, Access::READ), table.memory().lookup_leaf(PAGE).is_some())
+        }
+        let top = reader.top(reader.root());
+        assert_eq!(found(&reader, &table, top), (leaf, true));
+        assert_eq!(page(&reader, top, PAGE, Access::WRITE), None);
         insert(&mut table, 1 << 45);
-        assert_eq!(found(&table, &top), (leaf, true), "the tree grew");
-        assert_eq!((top.page(1 << 45, Access::READ), top.page(u64::MAX, Access::READ)), (None, None));
+        assert_eq!(found(&reader, &table, top), (leaf, true), "the tree grew");
+        assert_eq!(
+            (page(&reader, top, 1 << 45, Access::READ), page(&reader, top, u64::MAX, Access::READ)),
+            (None, None)
+        );
         table.remove(IovaRange::page_of(PAGE));
-        assert_eq!(found(&table, &top), (None, false));
+        assert_eq!(found(&reader, &table, top), (None, false));
         table.clear();
         insert(&mut table, PAGE);
-        assert_eq!(found(&table, &top), (None, true), "a new root, since no grace period has passed");
-        assert_eq!(reader.top().page(PAGE, Access::READ), leaf);
+        assert_eq!(found(&reader, &table, top), (None, true), "a new root, since no grace period has passed");
+        assert_eq!(page(&reader, reader.top(reader.root()), PAGE, Access::READ), leaf);
     }
 
     #[test]
     fn a_broken_writer_leads_nowhere() {
         let node = || Node { entries: std::array::from_fn(|_| AtomicU64::new(0)) };
         let nodes = [node(), node()];
-        assert_eq!(Top::new(entry::root(2, 3), &nodes).page(0, Access::NONE), None);
+        assert_eq!(Top::new(entry::root(2, 3), &nodes).page(&nodes, 0, Access::NONE), None);
         for link in [entry::link(2), entry::link(u32::MAX), entry::leaf(0, Access::READ), u64::MAX, 0x1003] {
             nodes[0].entries[0].store(link, Ordering::Relaxed);
-            assert_eq!(Top::new(entry::root(0, 3), &nodes).page(0, Access::NONE), None, "{link:#x}");
+            assert_eq!(Top::new(entry::root(0, 3), &nodes).page(&nodes, 0, Access::NONE), None, "{link:#x}");
             nodes[0].entries[0].store(entry::link(1), Ordering::Relaxed);
             nodes[1].entries[0].store(link, Ordering::Relaxed);
-            assert_eq!(Top::new(entry::root(0, 3), &nodes).page(0, Access::NONE), None, "{link:#x}");
+            assert_eq!(Top::new(entry::root(0, 3), &nodes).page(&nodes, 0, Access::NONE), None, "{link:#x}");
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::epoch;
 use crate::layout::worker::{CELL_CAPACITY, MAGIC, SEGMENT_SIZE, SLOT_CAPACITY, WorkerSegmentLayout};
 use crate::layout::{LAYOUT_HASH, LAYOUT_VERSION};
 use crate::shm::{Mapping, MappingError, MemfdError, SharedObject, memfd};
-use crate::sync::{Ordering, full_fence};
+use crate::sync::{AtomicU64, Ordering, full_fence};
 
 /// Why a worker segment could not be made or taken.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +92,12 @@ impl WorkerSegment {
             .iter()
             .take(usize::try_from(used).unwrap_or(SLOT_CAPACITY))
             .all(|slot| epoch::is_drained(&slot.word, target))
+    }
+
+    /// Worker: the word of a reader slot, below [`SLOT_CAPACITY`].
+    #[must_use]
+    pub fn slot(&self, index: usize) -> SharedObject<AtomicU64> {
+        self.layout.part(|layout| &layout.slots[index].word)
     }
 
     /// Worker: announces that slots `0..slots` may be used, before the first pin in the newest of them.
