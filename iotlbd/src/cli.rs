@@ -98,8 +98,8 @@ pub struct ServeArgs {
     #[arg(long)]
     pub busy_poll: bool,
 
-    /// Write figures here as JSON, after each front-end session and at the end: counters, and how long the front-end took
-    /// for a page and the daemon for an acknowledgement
+    /// Write figures here as JSON, after each front-end session and at the end: counters, and how long the front-end
+    /// took for a page and the daemon for an acknowledgement
     #[arg(long, value_name = "PATH")]
     pub stats: Option<PathBuf>,
 

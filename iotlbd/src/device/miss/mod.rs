@@ -104,7 +104,7 @@ struct Flight {
     sent_ns: u64,
 }
 
-/// Longest time that a page's figure tells apart from longer ones, in nanoseconds: ten seconds, far beyond any time-out.
+/// Longest time that a page's figure tells apart from longer ones, in nanoseconds: ten seconds, beyond any time-out.
 const PAGE_NS_MAX: u64 = 10_000_000_000;
 
 /// Everything that is missing.
@@ -127,8 +127,8 @@ pub(super) struct Misses {
     sent: u64,
     /// When the last page came that was asked for.
     came_ns: u64,
-    /// How long the front-end was busy with each page, in nanoseconds: from the message, or from the page before if that
-    /// came later, since the front-end takes one after the other.
+    /// How long the front-end was busy with each page, in nanoseconds: from the message, or from the page before if
+    /// that came later, since the front-end takes one after the other.
     page_ns: Histogram<u64>,
 }
 
