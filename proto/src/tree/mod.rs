@@ -41,11 +41,17 @@
 //! | [`entry`] | what a word says |
 //! | [`walk`] | the reader's lookup |
 //! | [`pool`] | free, used and retired nodes |
-//! | [`edit`] | insert, remove, split, evict |
+//! | [`edit`] | what the writer knows; insert, split |
+//! | [`span`] | the entries of a node that a range touches |
+//! | [`remove`] | remove by address and by target |
+//! | [`evict`] | make room |
 
 pub mod edit;
 pub mod entry;
+pub mod evict;
 pub mod pool;
+pub mod remove;
+pub mod span;
 pub mod walk;
 
 pub use edit::{NeedsNodes, Tree, TreeView};
