@@ -116,6 +116,7 @@ impl Device {
                 self.pump();
             }
             Event::GraceCompleted { epoch } => self.grace_completed(epoch),
+            Event::Continue => self.go_on(),
             Event::Tick => {
                 let now_ns = self.now_ns;
                 let (misses, mut to) = self.miss_engine();
@@ -129,7 +130,7 @@ impl Device {
         self.actions.pop_front()
     }
 
-    /// Whether the next front-end request may be read (false while a take waits for its grace).
+    /// Whether the next front-end request may be read (false while a take is unfinished or waits for its grace).
     #[must_use]
     pub fn accepts_requests(&self) -> bool {
         self.session.connected && self.job.is_none()

@@ -1,11 +1,12 @@
 //! The writer's side of the tree: what it knows, and insertion. The [module](super) says why it is safe.
 
+use super::detached::Detached;
 use super::pool::Pool;
 use super::span::Span;
 use super::walk::index;
 use super::{HEIGHT_MAX, entry, height_for, level_shift};
 use crate::access::Access;
-use crate::epoch::{Grace, Stamp};
+use crate::epoch::Stamp;
 use crate::iova::{IovaRange, PAGE_MASK, PAGE_SHIFT};
 use crate::layout::table::{NODE_ENTRIES, Node};
 use crate::sync::{AtomicU64, Ordering};
@@ -39,7 +40,8 @@ pub struct NeedsNodes;
 /// What an edit did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Edit {
-    /// Leaves taken away or replaced. More than 0: a grace period is due.
+    /// Leaves taken away or replaced, a whole subtree counted by the entries of its topmost node. More than 0: a grace
+    /// period is due.
     pub unlinked: u64,
 }
 
@@ -50,16 +52,18 @@ pub struct Tree {
     pub(super) leaves: u64,
     pub(super) inserts: u64,
     pub(super) evict_hand: u32,
+    /// Subtrees that were taken off and are still to be put away.
+    pub(super) detached: Vec<Detached>,
 }
 
 impl Tree {
     /// A tree without entries over `nodes` nodes, all zero.
     #[must_use]
     pub fn new(nodes: u32) -> Tree {
-        Tree { pool: Pool::new(nodes), leaves: 0, inserts: 0, evict_hand: 0 }
+        Tree { pool: Pool::new(nodes), leaves: 0, inserts: 0, evict_hand: 0, detached: Vec::new() }
     }
 
-    /// Leaves in the tree.
+    /// Leaves in the tree, and in what was taken off and is not put away yet.
     #[must_use]
     pub fn leaves(&self) -> u64 {
         self.leaves
@@ -78,11 +82,6 @@ impl Tree {
     pub fn nodes_needed(&self, view: TreeView<'_>, last: u64, cuts: usize) -> usize {
         let height = entry::root_height(view.root.load(Ordering::Relaxed)).max(height_for(last));
         (3 + cuts) * height as usize
-    }
-
-    /// Frees what readers can no longer reach.
-    pub fn reclaim(&mut self, grace: &Grace) {
-        self.pool.reclaim(grace);
     }
 
     /// Maps the pages `range` (whole pages) to `target` and the addresses that follow it, replacing what was there.
@@ -217,7 +216,7 @@ impl Tree {
                     self.pool.info_mut(node).live += 1;
                     self.leaves += 1;
                 } else if !entry::is_leaf(old) {
-                    edit.unlinked += self.retire_below(view, stamp, node_number(entry::child(old)), level - 1);
+                    edit.unlinked += self.detach(stamp, node_number(entry::child(old)), level - 1);
                     self.leaves += 1;
                 } else if entry::target(old) != part.target || !part.access.allows(entry::access(old)) {
                     edit.unlinked += 1;

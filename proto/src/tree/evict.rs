@@ -19,7 +19,7 @@ impl Tree {
         // Upper nodes have their turn because a tree of superpages has no others.
         for (protect, upper) in [(true, false), (true, true), (false, false), (false, true)] {
             for _ in 0..touched {
-                if self.pool.available() + self.pool.retired() >= wanted {
+                if self.pool.available() + self.pool.retired() + self.detached.len() >= wanted {
                     return edit;
                 }
                 self.evict_hand = (self.evict_hand + 1) % touched;

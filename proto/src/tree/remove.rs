@@ -1,6 +1,5 @@
-//! Removal, by address and by target.
-
-use std::ops::RangeInclusive;
+//! Removal by address. It looks into the nodes at the two edges of the range and takes off whole subtrees between them,
+//! so it is short whatever the range holds; what was taken off is put away later ([`super::detached`]).
 
 use super::edit::{Edit, Tree, TreeView, node_number};
 use super::span::Span;
@@ -9,7 +8,6 @@ use super::{HEIGHT_MAX, entry, height_for, level_shift};
 use crate::access::Access;
 use crate::epoch::Stamp;
 use crate::iova::{IovaRange, PAGE_MASK};
-use crate::layout::table::NODE_ENTRIES;
 use crate::sync::Ordering;
 
 impl Tree {
@@ -57,28 +55,11 @@ impl Tree {
         let node = node_number(entry::root_node(root));
         if range.covers(IovaRange::ALL) || (range.first() == 0 && range.last() >= reach) {
             view.root.store(0, Ordering::Release);
-            edit.unlinked = self.retire_below(view, stamp, node, height - 1);
+            edit.unlinked = self.detach(stamp, node, height - 1);
             return edit;
         }
         let Some(range) = IovaRange::new(range.first(), range.last().min(reach)) else { return edit };
         self.remove_below(view, stamp, &mut edit, node, height - 1, range);
-        if self.pool.info(node).live == 0 {
-            view.root.store(0, Ordering::Release);
-            self.pool.retire(node, stamp, false);
-        }
-        edit
-    }
-
-    /// Removes every leaf whose target overlaps `first..=last`. Walks the whole tree.
-    pub fn remove_targets(&mut self, view: TreeView<'_>, stamp: Stamp, first: u64, last: u64) -> Edit {
-        let mut edit = Edit::default();
-        let root = view.root.load(Ordering::Relaxed);
-        let height = entry::root_height(root);
-        if height == 0 {
-            return edit;
-        }
-        let node = node_number(entry::root_node(root));
-        self.remove_targets_below(view, stamp, &mut edit, node, height - 1, &(first..=last));
         if self.pool.info(node).live == 0 {
             view.root.store(0, Ordering::Release);
             self.pool.retire(node, stamp, false);
@@ -127,7 +108,7 @@ impl Tree {
                 let child = node_number(entry::child(old));
                 if whole {
                     self.unlink(view, node, slot.index);
-                    edit.unlinked += self.retire_below(view, stamp, child, level - 1);
+                    edit.unlinked += self.detach(stamp, child, level - 1);
                 } else {
                     self.remove_below(view, stamp, edit, child, level - 1, part.range);
                     if self.pool.info(child).live == 0 {
@@ -139,67 +120,8 @@ impl Tree {
         }
     }
 
-    fn remove_targets_below(
-        &mut self,
-        view: TreeView<'_>,
-        stamp: Stamp,
-        edit: &mut Edit,
-        node: u32,
-        level: u32,
-        targets: &RangeInclusive<u64>,
-    ) {
-        let mut left = self.pool.info(node).live;
-        for index in 0..NODE_ENTRIES {
-            if left == 0 {
-                break;
-            }
-            let old = view.load(node, index);
-            if !entry::is_present(old) {
-                continue;
-            }
-            left -= 1;
-            if entry::is_leaf(old) {
-                let first = entry::target(old);
-                let last = first.saturating_add((1 << level_shift(level)) - 1);
-                if first <= *targets.end() && *targets.start() <= last {
-                    self.unlink(view, node, index);
-                    self.leaves -= 1;
-                    edit.unlinked += 1;
-                }
-            } else {
-                let child = node_number(entry::child(old));
-                self.remove_targets_below(view, stamp, edit, child, level - 1, targets);
-                if self.pool.info(child).live == 0 {
-                    self.unlink(view, node, index);
-                    self.pool.retire(child, stamp, false);
-                }
-            }
-        }
-    }
-
     pub(super) fn unlink(&mut self, view: TreeView<'_>, node: u32, index: usize) {
         view.store(node, index, entry::EMPTY);
         self.pool.info_mut(node).live -= 1;
-    }
-
-    /// Retires a subtree that was unlinked; returns how many leaves it held.
-    pub(super) fn retire_below(&mut self, view: TreeView<'_>, stamp: Stamp, node: u32, level: u32) -> u64 {
-        let mut held = 0;
-        if level == 0 {
-            held = u64::from(self.pool.info(node).live);
-            self.leaves -= held;
-        } else {
-            for index in 0..NODE_ENTRIES {
-                let old = view.load(node, index);
-                if entry::is_present(old) && entry::is_leaf(old) {
-                    held += 1;
-                    self.leaves -= 1;
-                } else if entry::is_present(old) {
-                    held += self.retire_below(view, stamp, node_number(entry::child(old)), level - 1);
-                }
-            }
-        }
-        self.pool.retire(node, stamp, true);
-        held
     }
 }

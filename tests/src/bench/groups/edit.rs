@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use iotlb_client::Access;
 use iotlb_proto::iova::IovaRange;
-use iotlb_proto::table::{TableConfig, TableWriter};
+use iotlb_proto::table::{TableConfig, TableWriter, TargetRemoval};
 
 use super::{Outcome, Run, hit, visits};
 use crate::bench::measure::{Shuffle, median, thread_time};
@@ -105,7 +105,10 @@ fn many_entries(run: &mut Run) -> Outcome {
         ragged.push(per(thread_time().saturating_sub(start), count));
         let mut writer = filled(&pages)?;
         let start = thread_time();
-        black_box(writer.remove_targets(0, u64::MAX));
+        let mut removal = TargetRemoval::new(0, u64::MAX);
+        while !removal.is_done() {
+            black_box(writer.remove_targets(&mut removal));
+        }
         targets.push(per(thread_time().saturating_sub(start), count));
     }
     let mut push = |name: &str, ours, target| {
