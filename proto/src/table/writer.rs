@@ -21,6 +21,9 @@ pub const TARGET_LIMIT: u64 = 1 << 56;
 /// period.
 const EVICT_FRACTION: usize = 64;
 
+/// And never more than that, so that an insert into a large table is no longer than one into a small one.
+const EVICT_NODES_MAX: usize = 512;
+
 /// Leaves that are compared before an insert to see whether it says anything new. More are replaced unseen, by fewer
 /// and larger ones: a front-end that names a million leaves again and again would hold up other devices. An identity
 /// map of 512 GiB in superpages is this many.
@@ -324,8 +327,8 @@ impl TableWriter {
     fn reserve(&mut self, last: u64, cuts: usize) -> Result<(), NeedsGrace> {
         let needed = self.tree.nodes_needed(self.memory.tree(), last, cuts);
         let (mut free, mut retired, total) = self.tree.nodes();
-        let wanted = (needed + total / EVICT_FRACTION).min(total);
-        // What was removed already makes room first.
+        let wanted = (needed + (total / EVICT_FRACTION).min(EVICT_NODES_MAX)).min(total);
+        // What was removed already makes room first. Two slices of the usual size are enough.
         while free < needed
             && (self.tree.has_reclaimable(&self.grace) || free + retired < wanted && self.tree.has_detached())
         {

@@ -43,6 +43,7 @@
 //!   An insert that finds too few free nodes walks first, as far as it needs.
 //! * *By target* everything must be looked at. That goes in slices by itself, with an address as bookmark between them;
 //!   it is done, and may be waited for by a grace period, after the last.
+//! * *Eviction* looks at a window of the nodes and removes a bounded number.
 //!
 //! How much a slice is: [`SLICE_WORDS`].
 //!
