@@ -4,7 +4,7 @@ mod harness;
 
 use std::os::fd::OwnedFd;
 
-use harness::{Bench, ROOMY, memfd, region};
+use harness::{Bench, ROOMY, memfd, region, table_of};
 use iotlb_proto::access::Access;
 use iotlb_proto::vhost_user::features::virtio;
 use iotlb_proto::vhost_user::{IotlbMessage, MemoryRegion, Request};
@@ -217,6 +217,29 @@ fn misses_of_an_identity_map_are_judged_when_the_removal_is_done() {
     assert_eq!(bench.replies(code), [ReplyPayload::U64(0)]);
     assert_eq!(bench.answers(), [(0, 1, 2, Answer::Denied)]);
     assert_eq!(left(&bench), 0);
+}
+
+#[test]
+fn many_regions_are_published_in_slices_before_the_reply() {
+    let (mut bench, fds) = bench(false);
+    bench.start_ring(0, HIGH_USER, HIGH_USER + 0x1000, HIGH_USER + 0x2000);
+    let many: Vec<_> = (0..20).map(|n| (region(HIGH + n * REGION, REGION, HIGH_USER + n * REGION), &fds[1])).collect();
+    (bench.instant_grace, bench.instant_work) = (false, false);
+    let request = table_of(&many);
+    let code = harness::header(&request, true).request;
+    assert_eq!(bench.request(request, true), []);
+    bench.grace();
+    let mut slices = 0;
+    while bench.device.has_work() && !bench.device.accepts_requests() {
+        assert_eq!(bench.replies(code), []);
+        bench.event(Event::Continue);
+        slices += 1;
+    }
+    assert!(slices > 1, "all at once");
+    assert_eq!(bench.replies(code), [ReplyPayload::U64(0)]);
+    for (region, _) in &many {
+        assert!(bench.device.table().lookup(region.guest_address).is_some());
+    }
 }
 
 #[test]

@@ -23,6 +23,10 @@ compile_error!("the feature `planted-faults` breaks the daemon on purpose: it is
 /// then the entry is left out: it is a cache.
 pub(super) const PUBLISH_ATTEMPTS: u8 = 4;
 
+/// Translations that a job publishes in one slice. Each may cut superpages at both ends, which fills a node a level: 10
+/// microseconds at worst.
+const PARTS_PER_SLICE: usize = 8;
+
 /// The reply that is due at the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Due {
@@ -253,7 +257,11 @@ impl Device {
     }
 
     fn publish(&mut self, job: &mut Job) -> Step {
+        let mut parts = 0;
         while let Some(part) = job.parts.front().copied() {
+            if parts == PARTS_PER_SLICE {
+                return Step::More;
+            }
             match part {
                 Part::Remove { range } => {
                     self.table.remove(range);
@@ -278,6 +286,7 @@ impl Device {
             }
             job.attempts = 0;
             job.parts.pop_front();
+            parts += 1;
         }
         Step::Next(Stage::Settle)
     }
