@@ -8,10 +8,12 @@ use std::process::{Child, Command, Stdio};
 use iotlb_proto::access::Access;
 use iotlb_proto::control::{DaemonMessage, WorkerMessage};
 use iotlb_proto::iova::{IovaRange, PAGE_SIZE};
+use iotlb_proto::layout::table::NODE_ENTRIES;
 use iotlb_proto::sync::Ordering;
+use iotlb_proto::tree::SLICE_WORDS;
 use iotlb_proto::worker::Answer;
-use iotlbd::sim::front_end::FrontEnd;
-use server_support::{RawWorker, Running, hear, say, started_front_end, watchdog};
+use iotlbd::sim::front_end::{FrontEnd, FrontEndOptions};
+use server_support::{RawWorker, Running, hear, say, started_front_end, started_front_end_with, watchdog};
 
 const IOVA: u64 = 0x10_0000;
 const CHILD_CONTROL: &str = "IOTLBD_TEST_CHILD_CONTROL";
@@ -182,6 +184,33 @@ fn a_stalled_process_is_killed() {
     front_end.invalidate(IOVA, PAGE_SIZE).expect("acknowledged");
     let status = child.wait().expect("ended");
     assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
+    server.stop();
+}
+
+/// The removal takes many slices, and nobody says anything until it is done: a server that slept in between would sleep
+/// for ever.
+#[test]
+fn the_server_does_not_sleep_over_a_long_removal() {
+    const REGION: u64 = 1 << 32;
+    const SLICES: usize = 32;
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let worker = RawWorker::attach(&server.control());
+    // Without slots the front-end would send all its memory anew.
+    let options = FrontEndOptions { memory_slots: true, ..FrontEndOptions::default() };
+    let mut front_end = started_front_end_with(&server.front_end(), options);
+    front_end.add_region(REGION, 1 << 20).expect("acknowledged");
+    // One page in each node of the tree: all of a node is looked at, whatever it holds.
+    let nodes = u64::try_from(SLICES * SLICE_WORDS / NODE_ENTRIES).expect("fits");
+    let iovas: Vec<u64> = (0..nodes).map(|n| REGION + n * PAGE_SIZE * NODE_ENTRIES as u64).collect();
+    for &iova in &iovas {
+        front_end.viommu.map(iova, REGION, Access::READ_WRITE).expect("maps");
+        front_end.push_update(iova).expect("acknowledged");
+        front_end.viommu.unmap(iova).expect("unmaps");
+        assert!(worker.table.lookup(iova).is_some());
+    }
+    front_end.remove_region(REGION).expect("acknowledged");
+    assert!(iovas.iter().all(|&iova| worker.table.lookup(iova).is_none()));
     server.stop();
 }
 

@@ -293,6 +293,56 @@ fn a_superpage_split_by_an_update_is_seen_whole_or_split() {
     split_a_superpage(|table| insert(table, 1, 2));
 }
 
+/// The reader looks page 0 up while the subtree around it is taken off, all pages of it with one store; after `between`
+/// its nodes are used for page 2.
+fn reuse_a_subtree(between: impl Fn(&Shared, &mut TableWriter) + Send + Sync + 'static) {
+    check(move || {
+        let shared = Shared::new();
+        let mut table = TableWriter::over(shared.table.clone());
+        // Three levels, so that what hangs below the root has nodes of its own.
+        insert(&mut table, 7, 1);
+        insert(&mut table, 0, 0);
+        let reader = {
+            let shared = Arc::clone(&shared);
+            loom::thread::spawn(move || {
+                epoch::pin(&shared.slot, shared.epoch());
+                if let Some(found) = shared.table.lookup(0) {
+                    assert_eq!(found.address(0), 0, "a node was reused under a reader");
+                }
+                epoch::unpin(&shared.slot);
+            })
+        };
+        table.remove(IovaRange::from_len(0, 4 << 12).expect("range"));
+        assert!(!table.is_tidy(), "nothing was taken off");
+        between(&shared, &mut table);
+        while table.tidy() {}
+        insert(&mut table, 2, 2);
+        reader.join().expect("reader");
+    });
+}
+
+#[test]
+fn a_subtree_that_is_walked_before_its_grace_period_is_reused_after_it() {
+    reuse_a_subtree(|shared, table| {
+        while table.tidy() {}
+        grace(shared, table);
+    });
+}
+
+#[test]
+fn a_subtree_that_is_walked_after_its_grace_period_is_reused_at_once() {
+    reuse_a_subtree(grace);
+}
+
+#[test]
+#[should_panic(expected = "a node was reused under a reader")]
+fn planted_reuse_of_a_subtree_without_waiting() {
+    reuse_a_subtree(|_, table| {
+        let target = table.begin_grace().expect("pages were removed");
+        table.grace_completed(target);
+    });
+}
+
 /// A split superpage is whole again; the node it was split into is used for page 2 after `between`.
 fn reuse_a_split(between: impl Fn(&Shared, &mut TableWriter) + Send + Sync + 'static) {
     check(move || {

@@ -57,6 +57,9 @@ pub enum Event {
         /// The epoch.
         epoch: u64,
     },
+    /// There is time for a slice of work. Delivered again and again while [`super::Device::has_work`], other events in
+    /// between.
+    Continue,
     /// Time passed ([`super::Device::next_deadline_ns`] was reached).
     Tick,
 }

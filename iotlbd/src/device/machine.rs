@@ -115,6 +115,7 @@ impl Device {
                 self.held.retain(|(holder, _), _| *holder != worker);
             }
             Event::GraceCompleted { epoch } => self.grace_completed(epoch),
+            Event::Continue => self.go_on(),
             Event::Tick => {
                 self.misses.tick(self.now_ns, &mut self.actions);
             }
@@ -131,7 +132,7 @@ impl Device {
         self.actions.pop_front()
     }
 
-    /// Whether the next front-end request may be read (false while a take waits for its grace).
+    /// Whether the next front-end request may be read (false while a take is unfinished or waits for its grace).
     #[must_use]
     pub fn accepts_requests(&self) -> bool {
         self.session.connected && self.job.is_none()

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
+use iotlb_proto::table::TargetRemoval;
 use iotlb_proto::vhost_user::features::{protocol, virtio};
 use iotlb_proto::vhost_user::{
     DecodeError, Header, IotlbKind, Request, RequestCode, VringAddress, VringFd, VringState,
@@ -179,9 +180,8 @@ impl Device {
                 let (plan, region) = self.memory.plan_remove(&description)?;
                 // Entries are found by where they point, which is the region, whatever their IOVA is.
                 let (first, last) = region.arena();
-                self.table.remove_targets(first, last);
-                self.table.note_taken();
-                Ok(Outcome::Job(Job { memory: Some(plan), ask_rings: true, ..Job::take(due) }))
+                let removal = TargetRemoval::new(first, last);
+                Ok(Outcome::Job(Job { memory: Some(plan), ask_rings: true, ..Job::unlink(due, removal) }))
             }
 
             Request::SetVringNum(state) => self.set_vring_num(state, due),

@@ -1,9 +1,15 @@
-//! What waits for a grace period before the front-end hears of it.
+//! What waits for a grace period before the front-end hears of it, and what takes more than one slice of work.
+//!
+//! A job that has work left and one that waits for readers are the same to the front-end: no request is accepted, no
+//! reply is given. Everybody else is served between two slices, and finds the table half done: a miss may be answered
+//! by a translation that goes in the next slice. A reader may find that one anyway, up to the grace period, and that
+//! begins after the last slice.
 
 use std::collections::VecDeque;
 
 use iotlb_proto::access::Access;
 use iotlb_proto::iova::IovaRange;
+use iotlb_proto::table::TargetRemoval;
 
 use super::memory::{Plan, Region};
 use super::ring::USED_INDEX;
@@ -16,6 +22,10 @@ compile_error!("the feature `planted-faults` breaks the daemon on purpose: it is
 /// How often an entry is tried again after a grace period. The table promises that one is enough; more mean a bug, and
 /// then the entry is left out: it is a cache.
 pub(super) const PUBLISH_ATTEMPTS: u8 = 4;
+
+/// Translations that a job publishes in one slice. Each may cut superpages at both ends, which fills a node a level: 10
+/// microseconds at worst.
+const PARTS_PER_SLICE: usize = 8;
 
 /// The reply that is due at the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,9 +49,11 @@ pub(super) enum Part {
     Remove { range: IovaRange },
 }
 
-/// How far a job is. Each stage may wait for a grace period.
+/// How far a job is. Each stage may wait for a grace period, or have more to do than one slice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
+    /// Translations into memory that goes are unlinked.
+    Unlink,
     /// What was unlinked before the job began is drained.
     Drain,
     /// Memory changes are announced.
@@ -57,6 +69,8 @@ pub(super) enum Stage {
 pub(super) struct Job {
     pub(super) stage: Stage,
     pub(super) due: Due,
+    /// What is to be unlinked, and how far that is.
+    pub(super) removal: Option<TargetRemoval>,
     /// Guest memory after the drain.
     pub(super) memory: Option<Plan>,
     /// Publish guest memory as it is (no IOMMU) once the memory stands.
@@ -75,6 +89,7 @@ impl Job {
         Job {
             stage: Stage::Drain,
             due,
+            removal: None,
             memory: None,
             identity: false,
             parts: VecDeque::new(),
@@ -82,6 +97,11 @@ impl Job {
             ask_rings: false,
             close: None,
         }
+    }
+
+    /// A job that begins with a removal, which is drained then.
+    pub(super) fn unlink(due: Due, removal: TargetRemoval) -> Job {
+        Job { stage: Stage::Unlink, removal: Some(removal), ..Job::take(due) }
     }
 
     /// A job that begins with what it publishes.
@@ -94,6 +114,8 @@ impl Job {
 enum Step {
     /// A grace period is needed.
     Wait,
+    /// The slice is over, the stage is not.
+    More,
     /// Go on with this.
     Next(Stage),
     /// The reply may go out.
@@ -119,6 +141,26 @@ impl Device {
         }
     }
 
+    /// Whether a job has work left. One that has none waits for a grace period.
+    fn is_unfinished(&self) -> bool {
+        self.job.is_some() && self.grace.is_none()
+    }
+
+    /// Whether there is work that goes on with [`super::Event::Continue`].
+    #[must_use]
+    pub fn has_work(&self) -> bool {
+        self.is_unfinished() || !self.table.is_tidy()
+    }
+
+    /// Does one slice. A job first: somebody waits for it.
+    pub(super) fn go_on(&mut self) {
+        if self.is_unfinished() {
+            self.advance();
+        } else {
+            self.table.tidy();
+        }
+    }
+
     /// Whether the job has to wait for a grace period first.
     fn must_wait(&mut self) -> bool {
         // With the feature `planted-faults` the device does what it must never do: it acknowledges at once, whoever
@@ -130,13 +172,17 @@ impl Device {
         self.grace.is_some()
     }
 
-    /// Goes on with the job until it is done or waits.
+    /// Goes on with the job until it is done, waits, or did a slice of work.
     pub(super) fn advance(&mut self) {
         while let Some(mut job) = self.job.take() {
             let done = self.step(&mut job);
             match done {
                 Step::Wait => {
                     self.counters.graces_waited += 1;
+                    self.job = Some(job);
+                    return;
+                }
+                Step::More => {
                     self.job = Some(job);
                     return;
                 }
@@ -151,6 +197,18 @@ impl Device {
 
     fn step(&mut self, job: &mut Job) -> Step {
         match job.stage {
+            Stage::Unlink => {
+                if let Some(removal) = &mut job.removal {
+                    self.table.remove_targets(removal);
+                    if !removal.is_done() {
+                        return Step::More;
+                    }
+                }
+                // The region goes, whether anything led into it or not. Noted after the last slice, so that no grace
+                // period that began between two of them counts.
+                self.table.note_taken();
+                Step::Next(Stage::Drain)
+            }
             Stage::Drain if self.must_wait() => Step::Wait,
             Stage::Drain => {
                 // Before memory changes.
@@ -199,7 +257,11 @@ impl Device {
     }
 
     fn publish(&mut self, job: &mut Job) -> Step {
+        let mut parts = 0;
         while let Some(part) = job.parts.front().copied() {
+            if parts == PARTS_PER_SLICE {
+                return Step::More;
+            }
             match part {
                 Part::Remove { range } => {
                     self.table.remove(range);
@@ -224,6 +286,7 @@ impl Device {
             }
             job.attempts = 0;
             job.parts.pop_front();
+            parts += 1;
         }
         Step::Next(Stage::Settle)
     }

@@ -1,8 +1,8 @@
 //! The loop: one thread that owns the device, its front-end and its workers.
 //!
-//! A round: carry out what the device wants until it wants nothing, look whether readers let a grace period pass,
-//! read the front-end's next requests, harvest misses, then poll for a while ([`Pace`]), or sleep until a descriptor or
-//! the timer says otherwise.
+//! A round: harvest misses, let the device do a slice of what it has to do, carry out what it wants until it wants
+//! nothing, look whether readers let a grace period pass, read the front-end's next requests, then poll for a while
+//! ([`Pace`]), or sleep until a descriptor or the timer says otherwise.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -179,7 +179,11 @@ impl EventLoop {
             self.accept_after_pause(now);
             self.flush_after_pause(now);
             self.harvest(now);
+            if self.device.has_work() {
+                self.device.handle(Event::Continue, now);
+            }
             self.settle();
+            self.busy |= self.device.has_work();
             if self.done {
                 self.figures.write(&self.device);
                 return Ok(());

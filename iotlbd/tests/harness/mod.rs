@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 
 use iotlb_proto::access::Access;
 use iotlb_proto::table::{TableConfig, TableWriter};
+use iotlb_proto::tree::SLICE_WORDS;
 use iotlb_proto::vhost_user::header::{FLAG_NEED_REPLY, FLAG_VERSION};
 use iotlb_proto::vhost_user::{Header, IotlbMessage, MemoryRegion, Request, VringAddress, VringFd, VringState};
 use iotlb_proto::worker::{Answer, MissRequest};
@@ -22,34 +23,51 @@ pub struct Bench {
     pub actions: VecDeque<Action>,
     /// Complete grace periods as soon as they are asked for.
     pub instant_grace: bool,
+    /// Let the device go on with what it has to do until it is done.
+    pub instant_work: bool,
 }
 
 impl Bench {
     pub fn new(config: DeviceConfig, table_size: u64) -> Bench {
-        let table = TableWriter::create(&TableConfig { size: table_size, generation: 1 }).expect("a table").0;
-        Bench { device: Device::new(config, table), now_ns: 1, actions: VecDeque::new(), instant_grace: true }
+        Bench::in_slices(config, table_size, SLICE_WORDS)
+    }
+
+    /// A device whose slices are of `words`: with few, each is one step.
+    pub fn in_slices(config: DeviceConfig, table_size: u64, words: usize) -> Bench {
+        let mut table = TableWriter::create(&TableConfig { size: table_size, generation: 1 }).expect("a table").0;
+        table.set_slice_words(words);
+        let device = Device::new(config, table);
+        Bench { device, now_ns: 1, actions: VecDeque::new(), instant_grace: true, instant_work: true }
     }
 
     /// A net device with two rings, connected and negotiated, with a back-end channel and `regions` as memory.
     pub fn net(regions: &[(MemoryRegion, &OwnedFd)]) -> Bench {
-        let config = DeviceConfig::net(1, 100, 1 << 40);
-        let (features, protocol) = (config.features, config.protocol_features);
-        let mut bench = Bench::new(config, ROOMY);
+        let bench = Bench::new(DeviceConfig::net(1, 100, 1 << 40), ROOMY);
+        let features = bench.device.config().features;
+        bench.connect(features, regions)
+    }
+
+    /// A front-end connects, negotiates `features`, gives a back-end channel and memory.
+    pub fn connect(mut self, features: u64, regions: &[(MemoryRegion, &OwnedFd)]) -> Bench {
+        let bench = &mut self;
+        let protocol = bench.device.config().protocol_features;
         bench.event(Event::FrontEndConnected);
         bench.silent(Request::SetProtocolFeatures(protocol));
         bench.ack(Request::SetBackendReqFd(channel()));
         bench.silent(Request::SetFeatures(features));
         bench.ack(table_of(regions));
-        bench
+        self
     }
 
     pub fn event(&mut self, event: Event) {
-        self.device.handle(event, self.now_ns);
-        self.collect();
-        while self.instant_grace {
-            let Some(epoch) = self.device.grace_target() else { break };
-            self.device.handle(Event::GraceCompleted { epoch }, self.now_ns);
+        let mut next = Some(event);
+        while let Some(event) = next {
+            self.device.handle(event, self.now_ns);
             self.collect();
+            next = match self.device.grace_target().filter(|_| self.instant_grace) {
+                Some(epoch) => Some(Event::GraceCompleted { epoch }),
+                None => (self.instant_work && self.device.has_work()).then_some(Event::Continue),
+            };
         }
     }
 

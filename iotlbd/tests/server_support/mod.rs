@@ -116,8 +116,12 @@ pub fn hear(socket: &PacketSocket) -> Result<(DaemonMessage, Vec<OwnedFd>), Pack
 
 /// A front-end whose guest has started both rings.
 pub fn started_front_end(path: &Path) -> FrontEnd {
+    started_front_end_with(path, FrontEndOptions::default())
+}
+
+pub fn started_front_end_with(path: &Path, options: FrontEndOptions) -> FrontEnd {
     let guest = Guest::new(0, 1 << 20).expect("guest");
-    let mut front_end = FrontEnd::connect(path, guest, FrontEndOptions::default()).expect("front-end");
+    let mut front_end = FrontEnd::connect(path, guest, options).expect("front-end");
     let mut ring = |base: u64| {
         for iova in [base, base + PAGE_SIZE, base + 2 * PAGE_SIZE] {
             let page = front_end.guest.allocate().expect("a page");

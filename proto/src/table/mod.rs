@@ -18,3 +18,5 @@ pub use reader::TableReader;
 pub use record::QueueRecord;
 pub use translation::Translation;
 pub use writer::{NeedsGrace, TableConfig, TableStats, TableWriter};
+
+pub use crate::tree::TargetRemoval;

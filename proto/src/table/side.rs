@@ -8,6 +8,8 @@
 //! Removal must not wait for a free copy. A range can be ended in place: its target word becomes 0, one store, and
 //! readers skip it. Then the whole range goes, where a new copy would have kept the parts that were not asked for.
 
+use std::ops::RangeInclusive;
+
 use crate::access::Access;
 use crate::epoch::{Grace, Stamp};
 use crate::iova::IovaRange;
@@ -143,9 +145,34 @@ impl SideRanges {
         if self.has_free_copy(grace) {
             return self.replace(word, copies, grace, range, &[]);
         }
+        self.end_in_place(copies, |old| old.first <= range.last() && range.first() <= old.last)
+    }
+
+    /// Ends every range whose target overlaps `targets`, as a whole. Returns how many that were.
+    pub(super) fn remove_targets(
+        &mut self,
+        word: &AtomicU64,
+        copies: &[SideCopy],
+        grace: &Grace,
+        targets: &RangeInclusive<u64>,
+    ) -> u64 {
+        let goes = |old: &Translation| {
+            old.target <= *targets.end() && *targets.start() <= old.target.saturating_add(old.last - old.first)
+        };
+        let doomed = self.iter().filter(|old| goes(old)).count();
+        if doomed > 0 && self.has_free_copy(grace) {
+            let next = self.iter().filter(|old| !goes(old)).copied().collect();
+            self.publish(word, copies, grace, next);
+            return doomed as u64;
+        }
+        self.end_in_place(copies, goes)
+    }
+
+    /// Ends ranges where they are; returns how many.
+    fn end_in_place(&mut self, copies: &[SideCopy], ends: impl Fn(&Translation) -> bool) -> u64 {
         let mut ended = 0;
         for (old, entry) in self.ranges.iter_mut().zip(&copies[self.live].entries) {
-            if !old.access.is_none() && old.first <= range.last() && range.first() <= old.last {
+            if !old.access.is_none() && ends(old) {
                 old.access = Access::NONE;
                 // Release pairs with nothing a reader could miss: either value is right until the grace period.
                 entry.target.store(0, Ordering::Release);

@@ -12,7 +12,7 @@ use crate::epoch::Grace;
 use crate::iova::{IovaRange, PAGE_MASK, PAGE_SIZE};
 use crate::layout::table::{FLAG_RUNNING, State};
 use crate::sync::{AtomicU64, Ordering, full_fence};
-use crate::tree::Tree;
+use crate::tree::{Budget, SLICE_WORDS, TargetRemoval, Tree};
 
 /// Targets stay below this, so that side ranges can keep permissions in the same word.
 pub const TARGET_LIMIT: u64 = 1 << 56;
@@ -20,6 +20,9 @@ pub const TARGET_LIMIT: u64 = 1 << 56;
 /// When the table is full, this part of its nodes is emptied at once, so that not every insert waits for a grace
 /// period.
 const EVICT_FRACTION: usize = 64;
+
+/// And never more than that, so that an insert into a large table is no longer than one into a small one.
+const EVICT_NODES_MAX: usize = 512;
 
 /// Leaves that are compared before an insert to see whether it says anything new. More are replaced unseen, by fewer
 /// and larger ones: a front-end that names a million leaves again and again would hold up other devices. An identity
@@ -44,9 +47,9 @@ pub struct NeedsGrace;
 /// Figures for status.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TableStats {
-    /// Leaves in the tree and byte-granular ranges.
+    /// Leaves in the tree and byte-granular ranges. Those of a large removal count until [`TableWriter::tidy`] came by.
     pub entries: u64,
-    /// Nodes readers can reach.
+    /// Nodes readers can reach, and those that `tidy` has not put away yet.
     pub nodes_used: u64,
     /// Nodes that wait for a grace period.
     pub nodes_retired: u64,
@@ -57,6 +60,10 @@ pub struct TableStats {
 }
 
 /// The only writer of a table.
+///
+/// No call does more than a slice of work ([`SLICE_WORDS`]), whatever the table holds. What is more than that is done
+/// by further calls: of [`TableWriter::remove_targets`] until the removal is done, of [`TableWriter::tidy`] whenever
+/// there is time.
 #[derive(Debug)]
 pub struct TableWriter {
     memory: TableMemory,
@@ -64,6 +71,7 @@ pub struct TableWriter {
     side: SideRanges,
     grace: Grace,
     evictions: u64,
+    slice_words: usize,
 }
 
 impl TableWriter {
@@ -83,7 +91,19 @@ impl TableWriter {
         let grace = Grace::default();
         memory.header().epoch.word.store(crate::epoch::grace::FIRST_EPOCH, Ordering::Relaxed);
         let nodes = u32::try_from(memory.nodes().len()).unwrap_or(u32::MAX);
-        TableWriter { memory, tree: Tree::new(nodes), side: SideRanges::new(), grace, evictions: 0 }
+        TableWriter {
+            memory,
+            tree: Tree::new(nodes),
+            side: SideRanges::new(),
+            grace,
+            evictions: 0,
+            slice_words: SLICE_WORDS,
+        }
+    }
+
+    /// Sets how many words a slice has, for tests: with a few, small tables need many slices.
+    pub fn set_slice_words(&mut self, words: usize) {
+        self.slice_words = words;
     }
 
     /// Publishes `range -> target` (arena offset of the first byte; the range must end below [`TARGET_LIMIT`] there),
@@ -149,7 +169,8 @@ impl TableWriter {
         Ok(())
     }
 
-    /// Removes at least `range`; returns how many leaves and ranges were removed or cut. Never needs memory.
+    /// Removes at least `range`, all at once however much that is. Returns how many leaves and ranges were removed or
+    /// cut, where a subtree that goes as a whole counts as the entries of its topmost node. Never needs memory.
     pub fn remove(&mut self, range: IovaRange) -> u64 {
         if range.first() & PAGE_MASK == 0
             && self.side.is_empty()
@@ -165,26 +186,41 @@ impl TableWriter {
         unlinked
     }
 
-    /// Removes everything; returns how many leaves and ranges that were.
+    /// Removes everything; returns what [`TableWriter::remove`] does.
     pub fn clear(&mut self) -> u64 {
         self.remove(IovaRange::ALL)
     }
 
-    /// Removes every leaf and range whose target overlaps `first..=last` (arena offsets). Walks the whole table.
-    pub fn remove_targets(&mut self, first: u64, last: u64) -> u64 {
+    /// Goes on with the removal of every leaf and range whose target (an arena offset) is one of those, for one slice;
+    /// returns how many it removed. Only when the removal is done is there nothing left. What is inserted between two
+    /// slices may stay, so nothing that leads there may be.
+    pub fn remove_targets(&mut self, removal: &mut TargetRemoval) -> u64 {
+        if removal.is_done() {
+            return 0;
+        }
         let stamp = self.grace.stamp();
-        let mut unlinked = self.tree.remove_targets(self.memory.tree(), stamp, first, last).unlinked;
-        let doomed: Vec<IovaRange> = self
-            .side
-            .iter()
-            .filter(|range| range.target <= last && first <= range.target.saturating_add(range.last - range.first))
-            .filter_map(|range| IovaRange::new(range.first, range.last))
-            .collect();
-        for range in doomed {
-            unlinked += self.side.remove(&self.memory.header().roots.side, self.memory.side(), &self.grace, range);
+        let mut budget = Budget::new(self.slice_words);
+        let mut unlinked = self.tree.remove_targets(self.memory.tree(), stamp, removal, &mut budget).unlinked;
+        if removal.is_done() {
+            let word = &self.memory.header().roots.side;
+            unlinked += self.side.remove_targets(word, self.memory.side(), &self.grace, removal.targets());
         }
         self.note(unlinked);
         unlinked
+    }
+
+    /// Does a slice of what removals left for later: finds the nodes of what was taken off, frees those that readers
+    /// can no longer reach. Returns whether more is left. Nothing waits for it: an insert that finds no room does of it
+    /// what it needs.
+    pub fn tidy(&mut self) -> bool {
+        self.tree.tidy(self.memory.tree(), &self.grace, &mut Budget::new(self.slice_words));
+        !self.is_tidy()
+    }
+
+    /// Whether there is nothing for [`TableWriter::tidy`] to do.
+    #[must_use]
+    pub fn is_tidy(&self) -> bool {
+        self.tree.is_tidy(&self.grace)
     }
 
     /// The leaf or range around `iova`, as a reader sees it.
@@ -212,10 +248,11 @@ impl TableWriter {
         self.grace.begin(&self.memory.header().epoch.word)
     }
 
-    /// The edge saw every slot of every worker at 0 or at least `epoch`. Frees what was retired before.
+    /// The edge saw every slot of every worker at 0 or at least `epoch`. Frees what was retired before, as
+    /// [`TableWriter::tidy`] does.
     pub fn grace_completed(&mut self, epoch: u64) {
         self.grace.complete(epoch);
-        self.tree.reclaim(&self.grace);
+        self.tidy();
     }
 
     /// Counts as an unlink without touching a translation: a ring was stopped, a region is to go, the log was switched.
@@ -289,11 +326,18 @@ impl TableWriter {
     /// Makes sure that an insert up to `last` finds its nodes after `cuts` pages were removed.
     fn reserve(&mut self, last: u64, cuts: usize) -> Result<(), NeedsGrace> {
         let needed = self.tree.nodes_needed(self.memory.tree(), last, cuts);
-        let (free, _, total) = self.tree.nodes();
+        let (mut free, mut retired, total) = self.tree.nodes();
+        let wanted = (needed + (total / EVICT_FRACTION).min(EVICT_NODES_MAX)).min(total);
+        // What was removed already makes room first. Two slices of the usual size are enough.
+        while free < needed
+            && (self.tree.has_reclaimable(&self.grace) || free + retired < wanted && self.tree.has_detached())
+        {
+            self.tidy();
+            (free, retired, _) = self.tree.nodes();
+        }
         if free >= needed {
             return Ok(());
         }
-        let wanted = (needed + total / EVICT_FRACTION).min(total);
         let gone = self.tree.evict(self.memory.tree(), self.grace.stamp(), wanted).unlinked;
         self.evictions += gone;
         self.note(gone);

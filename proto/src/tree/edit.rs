@@ -1,11 +1,12 @@
-//! The writer's side of the tree: insert, remove, split, evict. The [module](super) says why it is safe.
+//! The writer's side of the tree: what it knows, and insertion. The [module](super) says why it is safe.
 
-use std::ops::RangeInclusive;
-
+use super::detached::Detached;
+use super::pool::Pool;
+use super::span::Span;
 use super::walk::index;
-use super::{HEIGHT_MAX, entry, height_for, level_shift, pool::Pool};
+use super::{HEIGHT_MAX, entry, height_for, level_shift};
 use crate::access::Access;
-use crate::epoch::{Grace, Stamp};
+use crate::epoch::Stamp;
 use crate::iova::{IovaRange, PAGE_MASK, PAGE_SHIFT};
 use crate::layout::table::{NODE_ENTRIES, Node};
 use crate::sync::{AtomicU64, Ordering};
@@ -21,12 +22,12 @@ pub struct TreeView<'m> {
 }
 
 impl TreeView<'_> {
-    fn load(&self, node: u32, index: usize) -> u64 {
+    pub(super) fn load(&self, node: u32, index: usize) -> u64 {
         // Relaxed: only this writer stores.
         self.nodes[node as usize].entries[index].load(Ordering::Relaxed)
     }
 
-    fn store(&self, node: u32, index: usize, entry: u64) {
+    pub(super) fn store(&self, node: u32, index: usize, entry: u64) {
         // Release pairs with the acquire in `walk::lookup`: what the entry links to is complete.
         self.nodes[node as usize].entries[index].store(entry, Ordering::Release);
     }
@@ -39,31 +40,30 @@ pub struct NeedsNodes;
 /// What an edit did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Edit {
-    /// Leaves taken away or replaced. More than 0: a grace period is due.
+    /// Leaves taken away or replaced, a whole subtree counted by the entries of its topmost node. More than 0: a grace
+    /// period is due.
     pub unlinked: u64,
 }
-
-/// Inserts that eviction looks back on, unless that is more than half of the tree's nodes: a leaf that was asked for a
-/// moment ago is about to be used.
-const PROTECTED_INSERTS: u64 = 512;
 
 /// The writer's knowledge of a tree.
 #[derive(Debug)]
 pub struct Tree {
-    pool: Pool,
-    leaves: u64,
-    inserts: u64,
-    evict_hand: u32,
+    pub(super) pool: Pool,
+    pub(super) leaves: u64,
+    pub(super) inserts: u64,
+    pub(super) evict_hand: u32,
+    /// Subtrees that were taken off and are still to be put away.
+    pub(super) detached: Vec<Detached>,
 }
 
 impl Tree {
     /// A tree without entries over `nodes` nodes, all zero.
     #[must_use]
     pub fn new(nodes: u32) -> Tree {
-        Tree { pool: Pool::new(nodes), leaves: 0, inserts: 0, evict_hand: 0 }
+        Tree { pool: Pool::new(nodes), leaves: 0, inserts: 0, evict_hand: 0, detached: Vec::new() }
     }
 
-    /// Leaves in the tree.
+    /// Leaves in the tree, and in what was taken off and is not put away yet.
     #[must_use]
     pub fn leaves(&self) -> u64 {
         self.leaves
@@ -82,11 +82,6 @@ impl Tree {
     pub fn nodes_needed(&self, view: TreeView<'_>, last: u64, cuts: usize) -> usize {
         let height = entry::root_height(view.root.load(Ordering::Relaxed)).max(height_for(last));
         (3 + cuts) * height as usize
-    }
-
-    /// Frees what readers can no longer reach.
-    pub fn reclaim(&mut self, grace: &Grace) {
-        self.pool.reclaim(grace);
     }
 
     /// Maps the pages `range` (whole pages) to `target` and the addresses that follow it, replacing what was there.
@@ -142,38 +137,6 @@ impl Tree {
         Some(edit)
     }
 
-    /// As [`Tree::remove`] of the one page `range`, when it is a leaf of the lowest level and not the last one of its
-    /// node, or nothing is there at all. `None`: not so, nothing was changed.
-    pub fn remove_page(&mut self, view: TreeView<'_>, range: IovaRange) -> Option<Edit> {
-        if range.len_minus_one() != PAGE_MASK {
-            return None;
-        }
-        let root = view.root.load(Ordering::Relaxed);
-        let mut level = entry::root_height(root);
-        if level == 0 || height_for(range.first()) > level {
-            return Some(Edit::default());
-        }
-        let mut node = node_number(entry::root_node(root));
-        loop {
-            level -= 1;
-            let index = index(range.first(), level_shift(level));
-            let old = view.load(node, index);
-            if !entry::is_present(old) {
-                return Some(Edit::default());
-            }
-            if !entry::is_leaf(old) {
-                node = node_number(entry::child(old));
-                continue;
-            }
-            if level != 0 || self.pool.info(node).live < 2 {
-                return None;
-            }
-            self.unlink(view, node, index);
-            self.leaves -= 1;
-            return Some(Edit { unlinked: 1 });
-        }
-    }
-
     /// The nodes around `iova` by level, as many as the tree is high, and the position in the lowest. `None`: not all
     /// are there.
     fn path_to_lowest(&self, view: TreeView<'_>, iova: u64) -> Option<([u32; HEIGHT_MAX as usize], usize)> {
@@ -197,75 +160,6 @@ impl Tree {
             }
             node = node_number(entry::child(found));
         }
-    }
-
-    /// Removes every leaf that `range` touches, or the touched pages of it. Returns what was unlinked; never fails.
-    pub fn remove(&mut self, view: TreeView<'_>, stamp: Stamp, range: IovaRange) -> Edit {
-        let mut edit = Edit::default();
-        let root = view.root.load(Ordering::Relaxed);
-        let height = entry::root_height(root);
-        if height == 0 {
-            return edit;
-        }
-        let reach = if height == HEIGHT_MAX { u64::MAX } else { (1 << level_shift(height)) - 1 };
-        let node = node_number(entry::root_node(root));
-        if range.covers(IovaRange::ALL) || (range.first() == 0 && range.last() >= reach) {
-            view.root.store(0, Ordering::Release);
-            edit.unlinked = self.retire_below(view, stamp, node, height - 1);
-            return edit;
-        }
-        let Some(range) = IovaRange::new(range.first(), range.last().min(reach)) else { return edit };
-        self.remove_below(view, stamp, &mut edit, node, height - 1, range);
-        if self.pool.info(node).live == 0 {
-            view.root.store(0, Ordering::Release);
-            self.pool.retire(node, stamp, false);
-        }
-        edit
-    }
-
-    /// Removes every leaf whose target overlaps `first..=last`. Walks the whole tree.
-    pub fn remove_targets(&mut self, view: TreeView<'_>, stamp: Stamp, first: u64, last: u64) -> Edit {
-        let mut edit = Edit::default();
-        let root = view.root.load(Ordering::Relaxed);
-        let height = entry::root_height(root);
-        if height == 0 {
-            return edit;
-        }
-        let node = node_number(entry::root_node(root));
-        self.remove_targets_below(view, stamp, &mut edit, node, height - 1, &(first..=last));
-        if self.pool.info(node).live == 0 {
-            view.root.store(0, Ordering::Release);
-            self.pool.retire(node, stamp, false);
-        }
-        edit
-    }
-
-    /// Removes nodes with all below them, in turn, until at least `wanted` nodes are retired or free. Those that were
-    /// inserted into a moment ago go last; of the others, lowest-level ones go first.
-    pub fn evict(&mut self, view: TreeView<'_>, stamp: Stamp, wanted: usize) -> Edit {
-        let mut edit = Edit::default();
-        let touched = node_number(self.pool.touched());
-        let protected = PROTECTED_INSERTS.min(u64::from(touched) / 2);
-        // Upper nodes have their turn because a tree of superpages has no others.
-        for (protect, upper) in [(true, false), (true, true), (false, false), (false, true)] {
-            for _ in 0..touched {
-                if self.pool.available() + self.pool.retired() >= wanted {
-                    return edit;
-                }
-                self.evict_hand = (self.evict_hand + 1) % touched;
-                let info = *self.pool.info(self.evict_hand);
-                let recent = self.inserts.wrapping_sub(info.last_insert) < protected;
-                if !info.used || (info.level != 0) != upper || (protect && recent) {
-                    continue;
-                }
-                let above = u32::from(info.level) + 1;
-                let span = if above < HEIGHT_MAX { (1 << level_shift(above)) - 1 } else { u64::MAX };
-                if let Some(range) = IovaRange::new(info.base, info.base | span) {
-                    edit.unlinked += self.remove(view, stamp, range).unlinked;
-                }
-            }
-        }
-        edit
     }
 
     /// Calls `each` for every leaf in order of address.
@@ -322,7 +216,7 @@ impl Tree {
                     self.pool.info_mut(node).live += 1;
                     self.leaves += 1;
                 } else if !entry::is_leaf(old) {
-                    edit.unlinked += self.retire_below(view, stamp, node_number(entry::child(old)), level - 1);
+                    edit.unlinked += self.detach(stamp, node_number(entry::child(old)), level - 1);
                     self.leaves += 1;
                 } else if entry::target(old) != part.target || !part.access.allows(entry::access(old)) {
                     edit.unlinked += 1;
@@ -353,104 +247,8 @@ impl Tree {
         Ok(())
     }
 
-    fn remove_below(
-        &mut self,
-        view: TreeView<'_>,
-        stamp: Stamp,
-        edit: &mut Edit,
-        node: u32,
-        level: u32,
-        range: IovaRange,
-    ) {
-        let span = Span { range, target: 0, access: Access::NONE };
-        for (slot, part) in span.slots(level) {
-            let old = view.load(node, slot.index);
-            if !entry::is_present(old) {
-                continue;
-            }
-            let whole = part.range == slot.range;
-            if entry::is_leaf(old) {
-                edit.unlinked += 1;
-                // Both edges of the range may lie in this leaf, each with a path down.
-                if !whole
-                    && level > 0
-                    && self.pool.available() >= 2 * level as usize
-                    && let Some(child) = self.pool.allocate(view.nodes, level - 1, slot.range.first())
-                {
-                    self.fill(view, child, level - 1, old);
-                    let mut within = Edit::default();
-                    self.remove_below(view, stamp, &mut within, child, level - 1, part.range);
-                    if self.pool.info(child).live > 0 {
-                        view.store(node, slot.index, entry::link(child));
-                        continue;
-                    }
-                    self.pool.retire(child, stamp, false);
-                    // The leaf itself is taken off below; `fill` counted its parts instead of it.
-                    self.leaves += 1;
-                }
-                self.unlink(view, node, slot.index);
-                self.leaves -= 1;
-            } else {
-                let child = node_number(entry::child(old));
-                if whole {
-                    self.unlink(view, node, slot.index);
-                    edit.unlinked += self.retire_below(view, stamp, child, level - 1);
-                } else {
-                    self.remove_below(view, stamp, edit, child, level - 1, part.range);
-                    if self.pool.info(child).live == 0 {
-                        self.unlink(view, node, slot.index);
-                        self.pool.retire(child, stamp, false);
-                    }
-                }
-            }
-        }
-    }
-
-    fn remove_targets_below(
-        &mut self,
-        view: TreeView<'_>,
-        stamp: Stamp,
-        edit: &mut Edit,
-        node: u32,
-        level: u32,
-        targets: &RangeInclusive<u64>,
-    ) {
-        let mut left = self.pool.info(node).live;
-        for index in 0..NODE_ENTRIES {
-            if left == 0 {
-                break;
-            }
-            let old = view.load(node, index);
-            if !entry::is_present(old) {
-                continue;
-            }
-            left -= 1;
-            if entry::is_leaf(old) {
-                let first = entry::target(old);
-                let last = first.saturating_add((1 << level_shift(level)) - 1);
-                if first <= *targets.end() && *targets.start() <= last {
-                    self.unlink(view, node, index);
-                    self.leaves -= 1;
-                    edit.unlinked += 1;
-                }
-            } else {
-                let child = node_number(entry::child(old));
-                self.remove_targets_below(view, stamp, edit, child, level - 1, targets);
-                if self.pool.info(child).live == 0 {
-                    self.unlink(view, node, index);
-                    self.pool.retire(child, stamp, false);
-                }
-            }
-        }
-    }
-
-    fn unlink(&mut self, view: TreeView<'_>, node: u32, index: usize) {
-        view.store(node, index, entry::EMPTY);
-        self.pool.info_mut(node).live -= 1;
-    }
-
     /// Fills a private node with leaves that say the same as `leaf`, one level up.
-    fn fill(&mut self, view: TreeView<'_>, node: u32, level: u32, leaf: u64) {
+    pub(super) fn fill(&mut self, view: TreeView<'_>, node: u32, level: u32, leaf: u64) {
         let step = 1_u64 << level_shift(level);
         let mut target = entry::target(leaf);
         for index in 0..NODE_ENTRIES {
@@ -460,64 +258,6 @@ impl Tree {
         // 512, or 2 in models.
         self.pool.info_mut(node).live = u16::try_from(NODE_ENTRIES).unwrap_or(u16::MAX);
         self.leaves += NODE_ENTRIES as u64 - 1;
-    }
-
-    /// Retires a subtree that was unlinked; returns how many leaves it held.
-    fn retire_below(&mut self, view: TreeView<'_>, stamp: Stamp, node: u32, level: u32) -> u64 {
-        let mut held = 0;
-        if level == 0 {
-            held = u64::from(self.pool.info(node).live);
-            self.leaves -= held;
-        } else {
-            for index in 0..NODE_ENTRIES {
-                let old = view.load(node, index);
-                if entry::is_present(old) && entry::is_leaf(old) {
-                    held += 1;
-                    self.leaves -= 1;
-                } else if entry::is_present(old) {
-                    held += self.retire_below(view, stamp, node_number(entry::child(old)), level - 1);
-                }
-            }
-        }
-        self.pool.retire(node, stamp, true);
-        held
-    }
-}
-
-/// A run of addresses and where it leads.
-#[derive(Clone, Copy)]
-struct Span {
-    range: IovaRange,
-    target: u64,
-    access: Access,
-}
-
-/// One entry of a node: its position and the addresses below it.
-#[derive(Clone, Copy)]
-struct Slot {
-    index: usize,
-    range: IovaRange,
-}
-
-impl Span {
-    /// The entries of a node of `level` that the span touches, each with the part of the span inside. The span lies
-    /// within the node.
-    fn slots(self, level: u32) -> impl Iterator<Item = (Slot, Span)> {
-        let shift = level_shift(level);
-        let mask = (1_u64 << shift) - 1;
-        let mut next = Some(self.range.first());
-        std::iter::from_fn(move || {
-            let first = next?;
-            let slot = IovaRange::new(first & !mask, first | mask)?;
-            let last = slot.last().min(self.range.last());
-            next = if last < self.range.last() { last.checked_add(1) } else { None };
-            let part = Span {
-                range: IovaRange::new(first, last)?,
-                target: self.target.wrapping_add(first - self.range.first()),
-                access: self.access,
-            };
-            Some((Slot { index: index(first, shift), range: slot }, part))
-        })
     }
 }
 
@@ -539,7 +279,7 @@ fn visit(view: TreeView<'_>, node: u32, level: u32, base: u64, each: &mut impl F
 }
 
 /// Node numbers in the writer's own links are its pool's, which counts in `u32`.
-fn node_number(node: usize) -> u32 {
+pub(super) fn node_number(node: usize) -> u32 {
     debug_assert!(u32::try_from(node).is_ok());
     u32::try_from(node).unwrap_or(u32::MAX)
 }

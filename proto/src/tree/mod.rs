@@ -30,6 +30,23 @@
 //! that began later ([`crate::epoch`]). Until then it keeps its content: a late reader finds the translation that was
 //! valid when it pinned, which is what the daemon has promised not to acknowledge away from it yet.
 //!
+//! # Why no edit is long
+//!
+//! One thread of the daemon makes every edit and serves everybody else as well. So each call into the tree does a
+//! bounded amount of work, however much the tree holds:
+//!
+//! * *By address.* What lies between the two edges of a range hangs below whole entries: at most two times 511 a level.
+//!   One store takes each off with all below it. The same goes for a superpage that takes the place of a subtree.
+//! * *What was taken off* has to be walked to find its nodes, and that may be long. But nobody waits for it: what makes
+//!   a removal true for readers was the store. So roots of detached subtrees are written down with their stamps and
+//!   walked later, a slice at a time. A node is free when it was walked and the grace period of its stamp has passed.
+//!   An insert that finds too few free nodes walks first, as far as it needs.
+//! * *By target* everything must be looked at. That goes in slices by itself, with an address as bookmark between them;
+//!   it is done, and may be waited for by a grace period, after the last.
+//! * *Eviction* looks at a window of the nodes and removes a bounded number.
+//!
+//! How much a slice is: [`SLICE_WORDS`].
+//!
 //! # What is promised about memory
 //!
 //! Removing never needs a node. When a superpage is to lose a part and no node is free to split it, the whole leaf
@@ -41,14 +58,28 @@
 //! | [`entry`] | what a word says |
 //! | [`walk`] | the reader's lookup |
 //! | [`pool`] | free, used and retired nodes |
-//! | [`edit`] | insert, remove, split, evict |
+//! | [`edit`] | what the writer knows; insert, split |
+//! | [`span`] | the entries of a node that a range touches |
+//! | [`remove`] | remove by address |
+//! | [`targets`] | remove by target, in slices |
+//! | [`detached`] | subtrees that were taken off, and how they are put away |
+//! | [`evict`] | make room |
+//! | [`mod@slice`] | how much is done at a time |
 
+pub mod detached;
 pub mod edit;
 pub mod entry;
+pub mod evict;
 pub mod pool;
+pub mod remove;
+pub mod slice;
+pub mod span;
+pub mod targets;
 pub mod walk;
 
 pub use edit::{NeedsNodes, Tree, TreeView};
+pub use slice::{Budget, SLICE_WORDS};
+pub use targets::TargetRemoval;
 pub use walk::{Leaf, Top, lookup};
 
 use crate::iova::PAGE_SHIFT;

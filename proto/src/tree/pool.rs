@@ -2,9 +2,13 @@
 
 use std::collections::VecDeque;
 
+use super::slice::Budget;
 use crate::epoch::{Grace, Stamp};
 use crate::layout::table::Node;
 use crate::sync::Ordering;
+
+/// What freeing one node counts for in a slice: a number moves from one list to another.
+const RECLAIM_WORDS: usize = 4;
 
 /// What the writer knows of one node.
 #[derive(Clone, Copy, Debug, Default)]
@@ -31,7 +35,7 @@ pub(super) struct Pool {
     total: u32,
     /// Last in, first out: what was used last is warm.
     free: Vec<u32>,
-    /// In order of their stamps.
+    /// In the order they came, which is that of their stamps but for what was detached earlier and put away late.
     retired: VecDeque<(Stamp, u32)>,
 }
 
@@ -98,14 +102,30 @@ impl Pool {
         self.retired.push_back((stamp, node));
     }
 
-    /// Frees what readers can no longer reach.
-    pub(super) fn reclaim(&mut self, grace: &Grace) {
-        while let Some(&(stamp, node)) = self.retired.front() {
-            if !grace.has_passed(stamp) {
-                break;
-            }
-            self.retired.pop_front();
+    /// A node that was reachable until `stamp`, some time ago. Entries were left in it.
+    pub(super) fn put_away(&mut self, node: u32, stamp: Stamp, grace: &Grace) {
+        if grace.has_passed(stamp) {
+            let info = &mut self.infos[node as usize];
+            info.used = false;
+            info.dirty = true;
             self.free.push(node);
+        } else {
+            self.retire(node, stamp, true);
+        }
+    }
+
+    /// Whether [`Pool::reclaim`] would free something.
+    pub(super) fn has_reclaimable(&self, grace: &Grace) -> bool {
+        self.retired.front().is_some_and(|&(stamp, _)| grace.has_passed(stamp))
+    }
+
+    /// Frees what readers can no longer reach.
+    pub(super) fn reclaim(&mut self, grace: &Grace, budget: &mut Budget) {
+        while !budget.is_spent() && self.has_reclaimable(grace) {
+            if let Some((_, node)) = self.retired.pop_front() {
+                self.free.push(node);
+            }
+            budget.spend(RECLAIM_WORDS);
         }
     }
 }
