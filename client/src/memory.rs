@@ -6,7 +6,6 @@
 //! chain: so resolve rings and tables before walking them, or rewind.
 
 use std::iter::FusedIterator;
-use std::result;
 
 use iotlb_proto::iova::{PAGE_MASK, PAGE_SIZE};
 use vm_memory::guest_memory::{Error, GuestMemorySliceIterator, Result};
@@ -14,7 +13,6 @@ use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, Volatil
 
 use crate::Access;
 use crate::guard::{Fault, Guard};
-use crate::segments::Segment;
 
 #[inline]
 fn access_of(permissions: Permissions) -> Access {
@@ -26,57 +24,16 @@ fn access_of(permissions: Permissions) -> Access {
     }
 }
 
-/// The pieces of a range, one a page, or one a larger leaf where that is found. Neighbours are not joined: to know
+/// The slices of a range, one a page, or one a larger leaf where that is found. Neighbours are not joined: to know
 /// them, the next page would have to be looked up before this one is handed out, and once more after it.
 #[derive(Debug)]
 struct Slices<'g> {
     guard: &'g Guard<'g>,
-    /// Where the next piece begins.
+    /// Where the next slice begins.
     iova: u64,
     /// Bytes still to come; none after a fault. The range does not wrap.
     left: u64,
     access: Access,
-}
-
-impl<'g> Slices<'g> {
-    /// `None` when the range wraps.
-    #[inline(always)]
-    fn over(guard: &'g Guard<'g>, addr: GuestAddress, count: usize, access: Permissions) -> Option<Slices<'g>> {
-        let (iova, left) = (addr.0, count as u64);
-        iova.checked_add(left.saturating_sub(1))?;
-        Some(Slices { guard, iova, left, access: access_of(access) })
-    }
-
-    #[inline(always)]
-    fn piece(&mut self) -> Option<result::Result<Segment<'g>, Fault>> {
-        if self.left == 0 {
-            return None;
-        }
-        let len = self.left.min(PAGE_SIZE - (self.iova & PAGE_MASK));
-        Some(match self.guard.quick(self.iova, len, self.access) {
-            Some(segment) => {
-                self.pass(len);
-                Ok(segment)
-            }
-            None => self.piece_slowly(),
-        })
-    }
-
-    /// The next piece, whatever it is; only when there is one.
-    #[cold]
-    #[inline(never)]
-    fn piece_slowly(&mut self) -> result::Result<Segment<'g>, Fault> {
-        let piece = self.guard.walk(self.iova, self.left, self.access).next().unwrap_or(Err(Fault::Invalid));
-        self.pass(piece.map_or(self.left, |segment| segment.len() as u64));
-        piece
-    }
-
-    #[inline(always)]
-    fn pass(&mut self, len: u64) {
-        self.left -= len;
-        // Wraps only at the end of the space, and then nothing is left.
-        self.iova = self.iova.wrapping_add(len);
-    }
 }
 
 impl<'g> Iterator for Slices<'g> {
@@ -99,27 +56,66 @@ impl<'g> Iterator for Slices<'g> {
 }
 
 impl<'g> Slices<'g> {
+    /// The next slice, whatever it is; only when there is one.
     #[cold]
     #[inline(never)]
     fn next_slowly(&mut self) -> Result<VolatileSlice<'g>> {
-        let start = self.iova;
-        self.piece_slowly().map(|segment| segment.volatile()).map_err(|fault| error(self.guard, start, fault))
+        match self.guard.walk(self.iova, self.left, self.access).next() {
+            Some(Ok(segment)) => {
+                self.pass(segment.len() as u64);
+                Ok(segment.volatile())
+            }
+            fault => {
+                self.left = 0;
+                self.guard.reader().count_fault();
+                Err(Error::InvalidGuestAddress(GuestAddress(match fault {
+                    Some(Err(Fault::Miss { iova, .. })) => iova,
+                    _ => self.iova,
+                })))
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn pass(&mut self, len: u64) {
+        self.left -= len;
+        // Wraps only at the end of the space, and then nothing is left.
+        self.iova = self.iova.wrapping_add(len);
     }
 }
 
 impl FusedIterator for Slices<'_> {}
 
-impl<'g> GuestMemorySliceIterator<'g, ()> for Slices<'g> {}
+impl<'g> GuestMemorySliceIterator<'g, ()> for Slices<'g> {
+    /// As the trait's own, which keeps a whole result aside for each slice: more than the translation costs.
+    #[inline(always)]
+    fn stop_on_error(mut self) -> Result<impl Iterator<Item = VolatileSlice<'g>>> {
+        let first = self.next().transpose()?;
+        Ok(UntilFault { first, rest: self })
+    }
+}
 
-/// Counts the fault of a piece that begins at `start`, in the trait's words.
-#[cold]
-#[inline(never)]
-fn error(guard: &Guard<'_>, start: u64, fault: Fault) -> Error {
-    guard.reader().count_fault();
-    Error::InvalidGuestAddress(GuestAddress(match fault {
-        Fault::Miss { iova, .. } => iova,
-        Fault::Remapping | Fault::Invalid => start,
-    }))
+/// The slices of a range up to the first fault, which is not the first slice.
+#[derive(Debug)]
+struct UntilFault<'g> {
+    first: Option<VolatileSlice<'g>>,
+    rest: Slices<'g>,
+}
+
+impl<'g> Iterator for UntilFault<'g> {
+    type Item = VolatileSlice<'g>;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<VolatileSlice<'g>> {
+        // Spelled out: a closure in here is not always made a part of the caller.
+        if let Some(first) = self.first.take() {
+            return Some(first);
+        }
+        match self.rest.next() {
+            Some(Ok(slice)) => Some(slice),
+            Some(Err(_)) | None => None,
+        }
+    }
 }
 
 impl GuestMemory for Guard<'_> {
@@ -128,8 +124,17 @@ impl GuestMemory for Guard<'_> {
 
     #[inline]
     fn check_range(&self, addr: GuestAddress, count: usize, access: Permissions) -> bool {
-        let Some(mut slices) = Slices::over(self, addr, count, access) else { return false };
-        std::iter::from_fn(|| slices.piece()).all(|piece| piece.is_ok())
+        let access = access_of(access);
+        let (mut iova, mut left) = (addr.0, count as u64);
+        // Whole pages, as far as that goes. It never wraps: no page is quick at the end of the space.
+        while left > 0 {
+            let len = left.min(PAGE_SIZE - (iova & PAGE_MASK));
+            if self.quick(iova, len, access).is_none() {
+                return self.walk(iova, left, access).all(|piece| piece.is_ok());
+            }
+            (iova, left) = (iova + len, left - len);
+        }
+        true
     }
 
     #[inline]
@@ -140,6 +145,11 @@ impl GuestMemory for Guard<'_> {
         access: Permissions,
     ) -> Result<impl GuestMemorySliceIterator<'a, ()>> {
         self.reader().count_lookups(1);
-        Slices::over(self, addr, count, access).ok_or_else(|| error(self, addr.0, Fault::Invalid))
+        let (iova, left) = (addr.0, count as u64);
+        if left > 0 && iova.checked_add(left - 1).is_none() {
+            self.reader().count_fault();
+            return Err(Error::InvalidGuestAddress(addr));
+        }
+        Ok(Slices { guard: self, iova, left, access: access_of(access) })
     }
 }

@@ -4,7 +4,7 @@ mod support;
 
 use std::os::fd::AsFd;
 
-use iotlb_client::{Access, Fault, thread_pins};
+use iotlb_client::{Access, Fault, PinError, thread_pins};
 use iotlb_proto::control::{DaemonMessage, RegionInfo};
 use iotlb_proto::iova::PAGE_SIZE;
 use iotlb_proto::sync::Ordering;
@@ -151,6 +151,42 @@ fn a_newer_memory_map_is_waited_for() {
 }
 
 #[test]
+fn a_map_that_is_finished_during_a_pin_serves_the_pin() {
+    let (mut daemon, _memory, attachment) = Daemon::with_memory(16);
+    let reader = attachment.reader().expect("a reader");
+    let guard = reader.pin().expect("pin");
+    let more = Memory::new(4 * PAGE_SIZE);
+    more.poke(0, b"late");
+    daemon.add_region(2, 0x10_0000, &more);
+    // A page of the usual tree, and one that only the general walk finds.
+    for iova in [1 << 30, 1 << 39] {
+        daemon.map(iova, 0x1000, 0x10_0000, RW);
+        assert_eq!(guard.read(iova, &mut [0; 4]), Err(Fault::Remapping));
+    }
+    daemon.finish_map();
+    for iova in [1 << 30, 1 << 39] {
+        let mut bytes = [0; 4];
+        assert_eq!(guard.read(iova, &mut bytes), Ok(()));
+        assert_eq!(&bytes, b"late");
+    }
+}
+
+#[test]
+fn a_refused_pin_leaves_nothing() {
+    let (mut daemon, _memory, attachment) = Daemon::with_memory(16);
+    let reader = attachment.reader().expect("a reader");
+    let slot = || daemon.segment.slots[0].word.load(Ordering::SeqCst);
+    let outer = reader.pin().expect("pin");
+    assert_ne!((slot(), thread_pins::count()), (0, 0));
+    drop(outer);
+    daemon.kill();
+    for _ in 0..3 {
+        assert_eq!(reader.pin().err(), Some(PinError::DaemonDead));
+        assert_eq!((daemon.segment.slots[0].word.load(Ordering::SeqCst), thread_pins::count()), (0, 0));
+    }
+}
+
+#[test]
 fn waiting_for_the_map_ends_when_it_is_there() {
     let (mut daemon, _memory, attachment) = Daemon::with_memory(16);
     let more = Memory::new(4 * PAGE_SIZE);
@@ -234,6 +270,34 @@ fn lookups_are_counted_in_the_end() {
 }
 
 #[test]
+fn what_a_pin_leaves_to_do_is_done_at_its_end_whatever_was_nested_in_it() {
+    let (daemon, _memory, attachment) = Daemon::with_memory(16);
+    daemon.map(0x1000, 0x1000, 0x1000, RW);
+    daemon.map(0x2000, 0x1000, 0x5000, RW);
+    let reader = attachment.reader().expect("a reader");
+    let slot = || daemon.segment.slots[0].word.load(Ordering::SeqCst);
+    let lookups = || daemon.segment.counters.lookups.load(Ordering::SeqCst);
+    let outer = reader.pin().expect("pin");
+    let pinned = slot();
+    let mut kept = outer.translate(0x1ff8, 16, RW).expect("two pieces");
+    for _ in 0..3 {
+        let (first, second) = (reader.pin().expect("pin"), reader.pin().expect("pin"));
+        for _ in 0..1000 {
+            first.read(0x1000, &mut [0]).expect("mapped");
+            second.read(0x1ff8, &mut [0; 16]).expect("mapped");
+        }
+        drop(first);
+        drop(second);
+        assert_eq!((slot(), lookups(), thread_pins::count()), (pinned, 0, 1));
+    }
+    assert_eq!((kept.next().map(|s| s.len()), kept.next().map(|s| s.len())), (Some(8), Some(8)), "still kept");
+    drop(outer);
+    assert_eq!((slot(), lookups(), thread_pins::count()), (0, 6001, 0));
+    drop(reader.pin().expect("pin"));
+    assert_eq!((slot(), lookups(), thread_pins::count()), (0, 6001, 0));
+}
+
+#[test]
 fn the_guests_state_is_seen() {
     let (daemon, _memory, attachment) = Daemon::with_memory(16);
     let reader = attachment.reader().expect("a reader");
@@ -261,14 +325,19 @@ fn the_guests_state_is_seen() {
 mod model {
     //! Random tables against the plainest model there is.
 
-    use iotlb_client::{Access, Fault};
+    use iotlb_client::{Access, Fault, Guard};
     use iotlb_proto::iova::IovaRange;
     use proptest::prelude::*;
+    use vm_memory::{GuestAddress, GuestMemory, GuestMemoryError, Permissions};
 
     use super::support::Daemon;
 
     /// Bytes of the little space the model plays in, and of its memory.
     const SPACE: usize = 16 * 4096;
+
+    /// Where the space begins: in a tree of one level; in one of three, which has a short way; and with its end where
+    /// that way ends.
+    const BASES: [u64; 3] = [0, 1 << 30, (1 << 39) - SPACE as u64];
 
     /// What each byte of the space translates to.
     type Bytes = Vec<Option<(u64, Access)>>;
@@ -314,6 +383,7 @@ mod model {
         fn translations_are_what_a_byte_by_byte_model_says(
             steps in prop::collection::vec(step(), 1..24),
             asks in prop::collection::vec((0..SPACE, 1_usize..20_000, 1_u8..4), 1..40),
+            base in prop::sample::select(&BASES[..]),
         ) {
             let (daemon, _memory, attachment) = Daemon::with_memory(32);
             let mut bytes: Bytes = vec![None; SPACE];
@@ -321,7 +391,7 @@ mod model {
                 let mut table = daemon.table();
                 match *step {
                     Step::Map { first, len, target, access } => {
-                        let range = IovaRange::from_len(first as u64, len as u64).expect("not empty");
+                        let range = IovaRange::from_len(base + first as u64, len as u64).expect("not empty");
                         if table.insert(range, target, access).is_err() {
                             // A full side array: the daemon would wait for a grace period.
                             let epoch = table.begin_grace().expect("something was unlinked");
@@ -331,7 +401,7 @@ mod model {
                         (first..first + len).for_each(|at| bytes[at] = Some((target + (at - first) as u64, access)));
                     }
                     Step::Unmap { first, len } => {
-                        table.remove(IovaRange::from_len(first as u64, len as u64).expect("not empty"));
+                        table.remove(IovaRange::from_len(base + first as u64, len as u64).expect("not empty"));
                         (first..first + len).for_each(|at| bytes[at] = None);
                     }
                 }
@@ -342,16 +412,21 @@ mod model {
             for (first, len, access) in asks {
                 let access = Access::from_bits(access).expect("below 4");
                 let wanted = expected(&bytes, first, len, access);
-                match guard.translate(first as u64, len as u64, access) {
-                    Ok(segments) => {
+                let iova = base + first as u64;
+                let found = guard.translate(iova, len as u64, access);
+                let found = found.map(|all| all.map(|s| (s.as_ptr().addr(), s.len())).collect::<Vec<_>>());
+                prop_assert_eq!(in_slices(&guard, iova, len, access), found.clone());
+                prop_assert_eq!(guard.check_range(GuestAddress(iova), len, permissions(access)), found.is_ok());
+                match found {
+                    Ok(found) => {
                         let wanted = wanted.expect("a translation that nobody published");
-                        let base = base_of(&guard, &bytes);
-                        let got: Vec<_> =
-                            segments.map(|s| ((s.as_ptr().addr() - base) as u64, s.len())).collect();
+                        let arena = arena_of(&guard, base, &bytes);
+                        let got: Vec<_> = found.into_iter().map(|(at, len)| ((at - arena) as u64, len)).collect();
                         prop_assert_eq!(got, wanted);
                     }
                     Err(Fault::Miss { iova, access: missing }) => {
                         prop_assert_eq!(missing, access);
+                        let iova = iova - base;
                         prop_assert!((first as u64..(first + len) as u64).contains(&iova));
                         if let Err(Fault::Miss { iova: at, .. }) = wanted {
                             prop_assert!(iova <= at, "the miss at {:#x} was overlooked", at);
@@ -363,12 +438,40 @@ mod model {
         }
     }
 
+    fn permissions(access: Access) -> Permissions {
+        match (access.allows(Access::READ), access.allows(Access::WRITE)) {
+            (false, false) => Permissions::No,
+            (true, false) => Permissions::Read,
+            (false, true) => Permissions::Write,
+            (true, true) => Permissions::ReadWrite,
+        }
+    }
+
+    /// The same through `vm_memory`, neighbours joined.
+    fn in_slices(guard: &Guard<'_>, iova: u64, len: usize, access: Access) -> Result<Vec<(usize, usize)>, Fault> {
+        let mut pieces: Vec<(usize, usize)> = Vec::new();
+        for slice in guard.get_slices(GuestAddress(iova), len, permissions(access)).expect("no range here wraps") {
+            match slice {
+                Ok(slice) => {
+                    let at = slice.ptr_guard().as_ptr().addr();
+                    match pieces.last_mut() {
+                        Some((start, n)) if *start + *n == at => *n += slice.len(),
+                        _ => pieces.push((at, slice.len())),
+                    }
+                }
+                Err(GuestMemoryError::InvalidGuestAddress(at)) => return Err(Fault::Miss { iova: at.0, access }),
+                Err(other) => panic!("{other}"),
+            }
+        }
+        Ok(pieces)
+    }
+
     /// Address of arena offset 0, found through any byte that is mapped.
-    fn base_of(guard: &iotlb_client::Guard<'_>, bytes: &Bytes) -> usize {
+    fn arena_of(guard: &Guard<'_>, base: u64, bytes: &Bytes) -> usize {
         (0..SPACE)
             .find_map(|at| {
                 let (target, _) = bytes[at]?;
-                let segment = guard.translate(at as u64, 1, Access::NONE).ok()?.next()?;
+                let segment = guard.translate(base + at as u64, 1, Access::NONE).ok()?.next()?;
                 Some(segment.as_ptr().addr() - usize::try_from(target).expect("small"))
             })
             .expect("something is mapped, or there would be no translation")

@@ -6,11 +6,13 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use iotlb_client::{Access, Guard};
+use iotlb_proto::control::DaemonMessage;
 use iotlb_proto::iova::PAGE_SIZE;
-use support::Daemon;
+use iotlb_proto::sync::Ordering;
+use support::{ARENA_SIZE, Daemon, Memory};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions};
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
@@ -201,4 +203,98 @@ fn faults_are_errors_of_the_trait() {
         .map(|slice| slice.expect("mapped").len())
         .collect();
     assert_eq!(lens, [0x800, 0x800]);
+}
+
+/// Where the tree has three levels, so that pages are found the short way.
+const HIGH: u64 = 1 << 30;
+
+fn lens(guard: &Guard<'_>, iova: u64, count: usize) -> Vec<usize> {
+    let slices = guard.get_slices(GuestAddress(iova), count, Permissions::Read).expect("it does not wrap");
+    slices.map(|slice| slice.expect("mapped").len()).collect()
+}
+
+fn refused(guard: &Guard<'_>, iova: u64, count: usize) -> Option<u64> {
+    assert!(!guard.check_range(GuestAddress(iova), count, Permissions::Read));
+    match guard.read_slice(&mut vec![0; count], GuestAddress(iova)) {
+        Err(GuestMemoryError::InvalidGuestAddress(at)) => Some(at.0),
+        Err(GuestMemoryError::PartialBuffer { completed, .. }) => Some(iova + completed as u64),
+        _ => None,
+    }
+}
+
+#[test]
+fn slices_end_with_the_leaf_they_are_in() {
+    let (daemon, memory, attachment) = Daemon::with_memory(1024);
+    let large = 2 << 20;
+    // A superpage, a page behind it, and behind that page a piece of another one.
+    daemon.map(HIGH, large, 0x10_0000, Access::READ_WRITE);
+    daemon.map(HIGH + large, PAGE_SIZE, 0x4000, Access::READ_WRITE);
+    daemon.map(HIGH + large + PAGE_SIZE, 0x300, 0x8000, Access::READ_WRITE);
+    let reader = attachment.reader().expect("a reader");
+    let guard = reader.pin().expect("pin");
+    assert_eq!(lens(&guard, HIGH + 0x800, 0x3000), [0x3000]);
+    assert_eq!(lens(&guard, HIGH + large - 8, 16), [8, 8]);
+    assert_eq!(lens(&guard, HIGH + large, 0x1000), [0x1000]);
+    assert_eq!(lens(&guard, HIGH + large + 0x10, 0x1100), [0xff0, 0x110]);
+    assert_eq!(lens(&guard, HIGH + large - 0x10, 0x1310), [0x10, 0x1000, 0x300]);
+    assert_eq!(lens(&guard, HIGH + large + 0x1100, 0x200), [0x200]);
+    assert!(guard.check_range(GuestAddress(HIGH + large - 0x10), 0x1310, Permissions::Read));
+    assert_eq!(refused(&guard, HIGH + large - 0x10, 0x1311), Some(HIGH + large + 0x1300));
+    assert_eq!(refused(&guard, HIGH + large + 0x1300, 8), Some(HIGH + large + 0x1300));
+    assert_eq!(refused(&guard, HIGH - 8, 16), Some(HIGH - 8));
+
+    let all: Vec<u8> = (0..0x1310).map(|i: u32| i.to_le_bytes()[0] ^ i.to_le_bytes()[1]).collect();
+    guard.write_slice(&all, GuestAddress(HIGH + large - 0x10)).expect("mapped");
+    assert_eq!(memory.peek(0x10_0000 + large - 0x10, 0x10), all[..0x10]);
+    assert_eq!(memory.peek(0x4000, 0x1000), all[0x10..0x1010]);
+    assert_eq!(memory.peek(0x8000, 0x300), all[0x1010..]);
+    let mut back = vec![0; all.len()];
+    guard.read_slice(&mut back, GuestAddress(HIGH + large - 0x10)).expect("mapped");
+    assert_eq!(back, all);
+    guard.store(0x1234_u16, GuestAddress(HIGH + large + 2), Ordering::Release).expect("mapped");
+    assert_eq!(guard.load::<u16>(GuestAddress(HIGH + large + 2), Ordering::Acquire).expect("mapped"), 0x1234);
+    assert!(guard.load::<u32>(GuestAddress(HIGH + large - 2), Ordering::Acquire).is_err(), "it is in two leaves");
+}
+
+#[test]
+fn ranges_that_wrap_yield_nothing() {
+    let (daemon, _memory, attachment) = Daemon::with_memory(16);
+    daemon.map(HIGH, PAGE_SIZE, 0, Access::READ_WRITE);
+    daemon.map(u64::MAX - 0xfff, PAGE_SIZE, 0x1000, Access::READ_WRITE);
+    let reader = attachment.reader().expect("a reader");
+    let guard = reader.pin().expect("pin");
+    assert_eq!(lens(&guard, u64::MAX - 7, 8), [8], "the last byte is an address too");
+    for (iova, count) in [(u64::MAX - 7, 9), (HIGH, usize::MAX), (u64::MAX, usize::MAX)] {
+        assert!(!guard.check_range(GuestAddress(iova), count, Permissions::Read));
+        let slices = guard.get_slices(GuestAddress(iova), count, Permissions::Read);
+        assert!(slices.into_iter().flatten().all(|slice| slice.is_err()), "{iova:#x}");
+    }
+}
+
+#[test]
+fn memory_that_is_not_mapped_is_not_handed_out() {
+    let (mut daemon, _memory, attachment) = Daemon::with_memory(16);
+    daemon.map(HIGH, 2 * PAGE_SIZE, 0, Access::READ_WRITE);
+    daemon.map(HIGH + 2 * PAGE_SIZE, PAGE_SIZE, ARENA_SIZE, Access::READ_WRITE);
+    let reader = attachment.reader().expect("a reader");
+    {
+        let guard = reader.pin().expect("pin");
+        assert_eq!(lens(&guard, HIGH + 8, 0x1000), [0xff8, 8]);
+        assert_eq!(refused(&guard, HIGH + 2 * PAGE_SIZE, 8), Some(HIGH + 2 * PAGE_SIZE), "behind the arena");
+    }
+    // A region whose memory is too short is refused: the others go on, it does not.
+    let short = Memory::new(PAGE_SIZE);
+    daemon.add_region_of(2, 0x10_0000, &short, 2 * PAGE_SIZE);
+    daemon.map(HIGH + 3 * PAGE_SIZE, PAGE_SIZE, 0x10_0000, Access::READ_WRITE);
+    assert_eq!(refused(&reader.pin().expect("pin"), HIGH, 8), Some(HIGH), "a newer map");
+    daemon.finish_map();
+    {
+        let guard = reader.pin().expect("pin");
+        assert_eq!(lens(&guard, HIGH + 8, 0x1000), [0xff8, 8]);
+        assert_eq!(refused(&guard, HIGH + 3 * PAGE_SIZE, 8), Some(HIGH + 3 * PAGE_SIZE));
+    }
+    daemon.unmap(HIGH + 3 * PAGE_SIZE, PAGE_SIZE);
+    daemon.send(&DaemonMessage::RemoveRegion { id: 2 }, &[]);
+    daemon.finish_map();
+    assert_eq!(lens(&reader.pin().expect("pin"), HIGH + 8, 0x1000), [0xff8, 8]);
 }

@@ -36,6 +36,7 @@ pub const WORD_OFFSET: u32 = 32;
 const OWNER_DIED: u32 = 0x4000_0000;
 /// `FUTEX_TID_MASK` of the futex ABI.
 const TID_MASK: u32 = 0x3fff_ffff;
+const _: () = assert!(OWNER_DIED > TID_MASK, "a marked word is larger than any thread's number");
 
 /// A step that failed.
 #[derive(Debug, thiserror::Error)]
@@ -168,8 +169,9 @@ impl LivenessWord<'_> {
         // Acquire pairs with the release store in `create`; the kernel's store at death needs no partner: nothing
         // the dead process wrote is looked at afterwards.
         let word = self.0.load(Ordering::Acquire);
-        // Both in one comparison: a thread, and the bit above not set.
-        (word & (OWNER_DIED | TID_MASK)).wrapping_sub(1) < TID_MASK
+        // In one comparison: a thread's number, and none of the bits above. The one above `OWNER_DIED`, for waiters, is
+        // never set: a wait that would set it needs to write the page.
+        word.wrapping_sub(1) < TID_MASK
     }
 }
 
@@ -222,6 +224,15 @@ mod tests {
         for (index, word) in seen.array::<AtomicU32>(0, PAGE_LEN / 4).expect("words").iter().enumerate() {
             let is_word = index == WORD_OFFSET as usize / 4;
             assert_eq!(word.load(Ordering::Relaxed) != 0, is_word, "word {index}");
+        }
+    }
+
+    #[test]
+    fn a_thread_and_no_mark_is_alive() {
+        let waiters = 1 << 31;
+        for (word, alive) in [(0, false), (1, true), (TID_MASK, true), (OWNER_DIED, false), (OWNER_DIED | 7, false)] {
+            assert_eq!(LivenessWord(&AtomicU32::new(word)).alive(), alive, "{word:#x}");
+            assert!(!LivenessWord(&AtomicU32::new(word | waiters)).alive(), "what nobody sets does no harm: {word:#x}");
         }
     }
 

@@ -21,8 +21,12 @@ use crate::{Access, Answer, thread_pins};
 /// line that other threads write too, so it must not come with every pin.
 const FLUSH_LOOKUPS: u64 = 1024;
 
-/// In [`Reader::lookups`]: translations of this pin keep pieces. Far above any number of lookups.
+/// In [`Reader::due`]: translations of this pin keep pieces.
 const KEEPS_PIECES: u64 = 1 << 63;
+/// In [`Reader::due`]: there are inner guards.
+const NESTED: u64 = 1 << 62;
+/// In [`Reader::due`]: lookups not flushed yet. As many as nine years of them under one pin.
+const LOOKUPS: u64 = (1 << 56) - 1;
 
 /// Why there is no reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -81,8 +85,9 @@ pub struct Reader {
     /// Guards that live, but for one: that there is one at all is in the slot. 64 bits, so that no number of forgotten
     /// guards can wrap it.
     inner: Cell<u64>,
-    /// Not flushed yet; and [`KEEPS_PIECES`], so that the end of a pin finds in one word that there is nothing to do.
-    lookups: Cell<u64>,
+    /// [`LOOKUPS`], [`NESTED`] and [`KEEPS_PIECES`]: below [`FLUSH_LOOKUPS`] there is nothing more to do when a guard
+    /// is dropped than to unpin, which one comparison tells.
+    due: Cell<u64>,
     faults: Cell<u64>,
     /// What the translations of this pin keep.
     pieces: RefCell<Pieces>,
@@ -103,7 +108,7 @@ impl Reader {
             slot_word,
             writer_sleeps,
             inner: Cell::new(0),
-            lookups: Cell::new(0),
+            due: Cell::new(0),
             faults: Cell::new(0),
             pieces: RefCell::default(),
             spin: Spin::default(),
@@ -129,6 +134,7 @@ impl Reader {
         let (signs, root) = (shared.signs(), shared.table.root());
         if epoch::is_pinned(&self.slot_word) {
             self.inner.set(self.inner.get() + 1);
+            self.due.set(self.due.get() | NESTED);
         } else {
             // Before the fence: it waits for stores, so that what reads this one back at the end does not have to.
             thread_pins::enter();
@@ -150,28 +156,37 @@ impl Reader {
 
     #[inline(always)]
     pub(crate) fn unpin(&self) {
-        let inner = self.inner.get();
-        if inner == 0 {
-            self.unpin_slot();
-            thread_pins::leave();
-            if self.lookups.get() >= FLUSH_LOOKUPS {
-                self.tidy();
-            }
+        if self.due.get() < FLUSH_LOOKUPS {
+            self.unpin_outermost();
         } else {
-            self.inner.set(inner - 1);
+            self.unpin_slowly();
         }
     }
 
-    /// What has to be done after some pins, but not after every one.
+    #[inline(always)]
+    fn unpin_outermost(&self) {
+        self.unpin_slot();
+        thread_pins::leave();
+    }
+
+    /// What not every end of a guard has to do.
     #[cold]
     #[inline(never)]
-    fn tidy(&self) {
+    fn unpin_slowly(&self) {
+        if self.due.get() & NESTED != 0 {
+            self.inner.set(self.inner.get() - 1);
+            if self.inner.get() == 0 {
+                self.due.set(self.due.get() & !NESTED);
+            }
+            return;
+        }
+        self.unpin_outermost();
         // Nothing that refers to the pieces is left: it borrowed a guard.
-        if self.lookups.get() & KEEPS_PIECES != 0 {
-            self.lookups.set(self.lookups.get() & !KEEPS_PIECES);
+        if self.due.get() & KEEPS_PIECES != 0 {
+            self.due.set(self.due.get() & !KEEPS_PIECES);
             self.pieces.borrow_mut().clear();
         }
-        if self.lookups.get() >= FLUSH_LOOKUPS {
+        if self.due.get() >= FLUSH_LOOKUPS {
             self.flush_counters();
         }
     }
@@ -258,9 +273,8 @@ impl Reader {
     /// Adds what this reader counted to the segment's counters now, instead of every thousand lookups or so. Before a
     /// thread goes idle, say.
     pub fn flush_counters(&self) {
-        let (lookups, faults) = (self.lookups.get() & !KEEPS_PIECES, self.faults.replace(0));
-        // A pin may be under way.
-        self.lookups.set(self.lookups.get() & KEEPS_PIECES);
+        let (lookups, faults) = (self.due.get() & LOOKUPS, self.faults.replace(0));
+        self.due.set(self.due.get() & !LOOKUPS);
         if lookups > 0 {
             let counters = &self.shared.segment.counters;
             // Relaxed: statistics.
@@ -276,7 +290,7 @@ impl Reader {
 
     #[inline]
     pub(crate) fn count_lookups(&self, count: u64) {
-        self.lookups.set(self.lookups.get().wrapping_add(count));
+        self.due.set(self.due.get().wrapping_add(count));
     }
 
     #[inline]
@@ -286,7 +300,7 @@ impl Reader {
 
     /// Keeps all but the first piece of a translation until the pin ends.
     pub(crate) fn keep_pieces<E>(&self, pieces: impl Iterator<Item = Result<Piece, E>>) -> Result<Option<Kept>, E> {
-        self.lookups.set(self.lookups.get() | KEEPS_PIECES);
+        self.due.set(self.due.get() | KEEPS_PIECES);
         // Borrowed nowhere else: the iterator translates and does not come here.
         self.pieces.borrow_mut().add(pieces)
     }

@@ -179,31 +179,24 @@ mod tests {
             TableReader::open(fd.as_fd(), table.memory().header().identity.segment_size.load(Ordering::Relaxed))
                 .expect("mapped");
         insert(&mut table, 0);
-        assert_eq!(page(&reader, reader.top(reader.root()), 0, Access::READ), None, "one level is not the usual tree");
+        assert_eq!(reader.page(reader.top(reader.root()), 0, Access::READ), None, "one level is not the usual tree");
         insert(&mut table, PAGE);
         let leaf = Some(entry::leaf(TARGET, Access::READ));
-        // Functions and not closures: a closure's argument could not live as long as the reader.
-        fn page<'t>(reader: &'t TableReader, top: Top<'t>, iova: u64, access: Access) -> Option<u64> {
-            reader.page(top, iova, access)
-        }
-        fn found<'t>(reader: &'t TableReader, table: &TableWriter, top: Top<'t>) -> (Option<u64>, bool) {
-            (page(reader, top, PAGE + 7, Access::READ), table.memory().lookup_leaf(PAGE).is_some())
-        }
         let top = reader.top(reader.root());
-        assert_eq!(found(&reader, &table, top), (leaf, true));
-        assert_eq!(page(&reader, top, PAGE, Access::WRITE), None);
+        let found = |table: &TableWriter| {
+            (reader.page(top, PAGE + 7, Access::READ), table.memory().lookup_leaf(PAGE).is_some())
+        };
+        assert_eq!(found(&table), (leaf, true));
+        assert_eq!(reader.page(top, PAGE, Access::WRITE), None);
         insert(&mut table, 1 << 45);
-        assert_eq!(found(&reader, &table, top), (leaf, true), "the tree grew");
-        assert_eq!(
-            (page(&reader, top, 1 << 45, Access::READ), page(&reader, top, u64::MAX, Access::READ)),
-            (None, None)
-        );
+        assert_eq!(found(&table), (leaf, true), "the tree grew");
+        assert_eq!((reader.page(top, 1 << 45, Access::READ), reader.page(top, u64::MAX, Access::READ)), (None, None));
         table.remove(IovaRange::page_of(PAGE));
-        assert_eq!(found(&reader, &table, top), (None, false));
+        assert_eq!(found(&table), (None, false));
         table.clear();
         insert(&mut table, PAGE);
-        assert_eq!(found(&reader, &table, top), (None, true), "a new root, since no grace period has passed");
-        assert_eq!(page(&reader, reader.top(reader.root()), PAGE, Access::READ), leaf);
+        assert_eq!(found(&table), (None, true), "a new root, since no grace period has passed");
+        assert_eq!(reader.page(reader.top(reader.root()), PAGE, Access::READ), leaf);
     }
 
     #[test]

@@ -222,6 +222,17 @@ mod tests {
     }
 
     #[test]
+    fn a_slot_is_the_segments_and_outlives_the_view_it_came_from() {
+        let (daemon, worker) = pair();
+        worker.raise_high_water(3);
+        let slot = worker.slot(2);
+        drop(worker);
+        slot.store(4, Ordering::Relaxed);
+        assert!(!daemon.is_drained(5));
+        assert_eq!(daemon.slots[2].word.load(Ordering::Relaxed), 4);
+    }
+
+    #[test]
     fn every_posted_cell_is_taken_once() {
         let (daemon, worker) = pair();
         let cells = [0, 1, 63, 64, 127, 130, 255];
