@@ -12,6 +12,7 @@ use iotlb_proto::layout::table::NODE_ENTRIES;
 use iotlb_proto::sync::Ordering;
 use iotlb_proto::tree::SLICE_WORDS;
 use iotlb_proto::worker::Answer;
+use iotlbd::sim::SimError;
 use iotlbd::sim::front_end::{FrontEnd, FrontEndOptions};
 use server_support::{RawWorker, Running, hear, say, started_front_end, started_front_end_with, watchdog};
 
@@ -92,6 +93,34 @@ fn a_pin_holds_the_reply_until_it_ends() {
     result.expect("acknowledged");
     assert!(held);
     server.stop();
+}
+
+#[test]
+fn an_invalidation_nobody_waits_for_any_more_is_no_figure_of_the_next_session() {
+    let _watchdog = watchdog();
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("stats.json");
+    let server = Running::start_with(|config| config.stats = Some(path.clone()));
+    let worker = RawWorker::attach(&server.control());
+    let mut front_end = front_end(&server);
+    publish(&mut front_end);
+    worker.pin();
+    let result = front_end.invalidate_and(IOVA, PAGE_SIZE, |_| {
+        worker.wait_until_held();
+        Err(SimError::Closed { what: "anything, as this front-end goes" })
+    });
+    assert!(result.is_err(), "no acknowledgement came");
+    drop(front_end);
+    // The end is noticed while the pin still holds the answer. Relaxed: only the flag itself matters.
+    while worker.table.header().state.flags.load(Ordering::Relaxed) != 0 {
+        std::thread::yield_now();
+    }
+    worker.unpin();
+    drop(started_front_end(&server.front_end()));
+    server.stop();
+    let text = std::fs::read_to_string(&path).expect("written");
+    let value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(value.pointer("/invalidate_ns/count"), Some(&serde_json::Value::from(0)), "{text}");
 }
 
 #[test]

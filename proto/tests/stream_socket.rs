@@ -43,6 +43,11 @@ fn update() -> Vec<u8> {
     encode(&Request::Iotlb(message), true).expect("encodes").bytes
 }
 
+/// Bytes that were not taken yet.
+fn unread(stream: &MessageStream) -> usize {
+    usize::try_from(rustix::io::ioctl_fionread(stream).expect("a socket")).expect("few")
+}
+
 fn would_block(stream: &mut MessageStream) {
     assert!(matches!(stream.receive(), Ok(Received::WouldBlock)));
 }
@@ -178,6 +183,36 @@ fn messages_that_were_put_together_arrive_in_order() {
         full = stream.put(&[7; 4096]);
     }
     assert!(matches!(full, Err(StreamError::OutgoingFull { bytes: OUTGOING_BYTES_MAX, .. })), "{full:?}");
+}
+
+#[test]
+fn what_was_handed_out_stays_in_the_socket_while_more_follows() {
+    let (mut stream, mut peer) = pair();
+    let mut receive = |stream: &mut MessageStream| {
+        peer.write_all(&update()).expect("sent");
+        assert!(matches!(stream.receive(), Ok(Received::Message { .. })));
+        unread(stream)
+    };
+    // To take what was answered would wake up a peer that sleeps behind its next message.
+    let length = update().len();
+    assert_eq!([(); 3].map(|()| receive(&mut stream)), [length, 2 * length, 3 * length]);
+    would_block(&mut stream);
+    assert_eq!(unread(&stream), 0, "the peer has no more to ask: now is the time");
+    // However long it goes on without a pause, the socket does not fill up.
+    let most = (0..100).map(|_| receive(&mut stream)).max();
+    assert!(most.is_some_and(|bytes| bytes > length && bytes <= 20 * length), "{most:?}");
+    drop(peer);
+    assert!(matches!(stream.receive(), Ok(Received::Closed)), "the end is seen behind what was handed out");
+}
+
+#[test]
+fn bytes_that_somebody_else_takes_are_missed() {
+    let (mut stream, mut peer) = pair();
+    peer.write_all(&update()).expect("sent");
+    assert!(matches!(stream.receive(), Ok(Received::Message { .. })));
+    let thief = UnixStream::from(stream.as_fd().try_clone_to_owned().expect("a duplicate"));
+    (&thief).read_exact(&mut vec![0; update().len()]).expect("stolen");
+    assert!(matches!(stream.receive(), Err(StreamError::Receive(_))));
 }
 
 #[test]

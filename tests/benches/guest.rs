@@ -6,7 +6,7 @@
 //! An argument limits the run to modes whose name contains it. From the environment: `IOTLBD_GUEST_ROUNDS` guests of
 //! each kind, in turn; `IOTLBD_GUEST_SECONDS` for each of [`REPEATS`] transfers each way in a guest;
 //! `IOTLBD_GUEST_WORKER`, another build of `iotlb-net` to be compared; `IOTLBD_GUEST_ONLY`, only contestants whose name
-//! contains it, the first of them being the reference: to look at one of them closely.
+//! ends with it, the first of them being the reference: to look at one of them closely.
 
 use std::path::PathBuf;
 
@@ -95,11 +95,6 @@ fn setting<T: std::str::FromStr>(name: &str, otherwise: T) -> T {
     std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(otherwise)
 }
 
-/// The bounds that one contestant's guests had.
-fn bounds_of(name: &str, here: &[&Contestant], bounds: &[Vec<f64>]) -> Vec<f64> {
-    here.iter().zip(bounds).find(|(contestant, _)| contestant.name() == name).map_or_else(Vec::new, |(_, b)| b.clone())
-}
-
 fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
@@ -121,7 +116,7 @@ fn main() {
         contestants.push(Contestant::Ours { name: "iotlb-net, another build", arguments: &[], worker });
     }
     if let Ok(only) = std::env::var("IOTLBD_GUEST_ONLY") {
-        contestants.retain(|contestant| contestant.name().contains(&only));
+        contestants.retain(|contestant| contestant.name().ends_with(only.as_str()));
     }
     let mut rows = Vec::new();
     for (mode, iommu, wanted) in MODES.into_iter().filter(|(mode, ..)| mode.contains(&filter)) {
@@ -147,9 +142,11 @@ fn main() {
             }
         }
         let medians: Vec<[f64; 2]> = speeds.iter_mut().map(|ways| [0, 1].map(|way| median(&mut ways[way]))).collect();
+        let bounds: Vec<f64> = bounds.iter_mut().map(|bounds| median(bounds)).collect();
         for (way, direction) in ["from the guest", "to the guest"].into_iter().enumerate() {
             let Some(reference) = medians.first().map(|median| median[way]) else { continue };
-            for ((contestant, median), all) in here.iter().zip(&medians).zip(&speeds).skip(1) {
+            for (number, contestant) in here.iter().enumerate().skip(1) {
+                let (median, bound, all) = (medians[number], bounds[number], &speeds[number]);
                 let (ours, ratio) = (median[way], median[way] / reference);
                 println!(
                     "{mode:<12} {direction:<15} {:<26} {ours:>6.0} Mbit/s, reference {reference:>6.0}: {ratio:.2} \
@@ -158,7 +155,6 @@ fn main() {
                 );
                 // Only strict mode pays for each page as the bound has it.
                 if iommu == Iommu::Strict {
-                    let bound = crate::median(&mut bounds_of(contestant.name(), &here, &bounds));
                     let part = ours / bound;
                     println!(
                         "{mode:<12} {direction:<15} {:<26} {ours:>6.0} Mbit/s, bound {bound:>10.0}: {part:.2} of it \

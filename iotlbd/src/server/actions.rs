@@ -153,6 +153,7 @@ impl EventLoop {
 
     fn close_front_end(&mut self, reason: &str) {
         debug!("the front-end's session is drained and closed: {reason}");
+        self.figures.forget();
         self.figures.write(&self.device);
         self.drop_back_end();
         if let Some(front_end) = self.front_end.take() {

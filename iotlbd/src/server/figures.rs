@@ -78,6 +78,11 @@ impl Figures {
         }
     }
 
+    /// The front-end is gone, and with it whoever waited for an answer.
+    pub(crate) fn forget(&mut self) {
+        self.invalidated_ns = None;
+    }
+
     /// Writes everything, if somebody wants it. A failure is told and changes nothing else.
     pub(crate) fn write(&self, device: &Device) {
         let Some(path) = &self.path else { return };

@@ -2,6 +2,11 @@
 //!
 //! What is looked at stays in the socket, so nothing is decided by looking: a message that is not whole yet, too large,
 //! or comes with descriptors is left to be received byte by byte.
+//!
+//! What was handed out stays in the socket too, until a look finds nothing behind it or there is no room to look at
+//! more. To take bytes wakes up a peer that sleeps on its end. A front-end that shares the processor with whoever
+//! answers it runs as soon as it is answered, and sleeps again, behind its next message, before the last one could be
+//! taken. Nothing behind what was handed out means that the peer does not wait for an answer, so it is not woken up.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -12,8 +17,11 @@ use super::ancillary;
 use crate::vhost_user::header::{HEADER_LEN, Header, HeaderError, Incoming};
 use crate::vhost_user::iotlb::IOTLB_LEN;
 
-/// Bytes looked at: a front-end that sends many IOTLB messages in one go has this many of them handed out at a time.
-const GLANCE_MAX: usize = 16 * (HEADER_LEN + IOTLB_LEN);
+/// Bytes of most messages: those that are looked at one by one while a session lasts.
+const MESSAGE_LEN: usize = HEADER_LEN + IOTLB_LEN;
+/// Bytes looked at: a front-end that sends many IOTLB messages in one go, or one after the other without a pause, has
+/// this many of them handed out before any is taken. All are looked at anew each time, so more would cost more.
+const GLANCE_MAX: usize = 16 * MESSAGE_LEN;
 
 /// What is in the socket, and how much of it was handed out.
 #[derive(Debug)]
@@ -41,15 +49,31 @@ impl Glance {
     }
 
     /// Whether [`Glance::next`] has a message.
-    pub(super) fn has_message(&self) -> bool {
+    pub(super) fn has_message(&self, incoming: Incoming) -> bool {
         self.rest().split_first_chunk::<HEADER_LEN>().is_some_and(|(head, rest)| {
-            // Of either kind; whether it is of the right one is found out when it is taken.
-            let parsed = Header::parse(head, Incoming::Requests).or_else(|_| Header::parse(head, Incoming::Replies));
-            parsed.is_ok_and(|header| rest.len() >= header.size as usize)
+            Header::parse(head, incoming).is_ok_and(|header| rest.len() >= header.size as usize)
         })
     }
 
-    /// Takes what was handed out from the socket.
+    /// Looks at what is there, behind what was handed out. Nothing is seen of what may have descriptors with it, nor of
+    /// the end; then all that was handed out is taken.
+    pub(super) fn look(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
+        if GLANCE_MAX - self.handed_out < MESSAGE_LEN {
+            self.take(socket)?;
+        }
+        match self.peek(socket) {
+            // Somebody else has taken the bytes that were seen here: framing is lost.
+            Err(Errno::EAGAIN) if self.handed_out > 0 => return Err(Errno::EPROTO),
+            other => other?,
+        }
+        if self.seen <= self.handed_out && self.handed_out > 0 {
+            self.take(socket)?;
+            self.peek(socket)?;
+        }
+        Ok(())
+    }
+
+    /// Takes what was handed out from the socket. Nothing counts as seen then.
     pub(super) fn take(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
         self.seen = 0;
         while self.handed_out > 0 {
@@ -60,7 +84,7 @@ impl Glance {
                 Ok(0) => return Err(Errno::ECONNRESET),
                 Ok(count) => self.handed_out -= count.min(self.handed_out),
                 Err(Errno::EINTR) => {}
-                // Somebody else has taken the bytes that were seen here: framing is lost.
+                // As above.
                 Err(Errno::EAGAIN) => return Err(Errno::EPROTO),
                 Err(error) => return Err(error),
             }
@@ -68,9 +92,8 @@ impl Glance {
         Ok(())
     }
 
-    /// Looks at what is there. Nothing is seen of what may have descriptors with it, nor of the end.
-    pub(super) fn look(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
-        (self.seen, self.handed_out) = (0, 0);
+    fn peek(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
+        self.seen = 0;
         let (count, descriptors) = ancillary::peek(socket, &mut self.bytes)?;
         if !descriptors {
             self.seen = count;

@@ -5,7 +5,7 @@
 //! any of these bytes are the message's.
 //!
 //! Small messages without descriptors, which is nearly all of them for hours, go another way: the socket's content is
-//! looked at without being taken (`glance`), handed out message by message, and taken when all was handed out. That is
+//! looked at without being taken (`glance`), handed out message by message, and taken when nothing more follows. That is
 //! less work, and it has the answer sent *before* the question is taken: to take bytes out of a Unix socket wakes up a
 //! peer that sleeps on it, as there is room now, and a peer that waits for an answer would wake up in vain.
 //!
@@ -126,6 +126,17 @@ impl Partial {
     }
 }
 
+/// What it means that nothing could be seen in the socket, or taken from it; `None` when that went well.
+fn unseen(result: Result<(), Errno>) -> Result<Option<Received>, StreamError> {
+    match result {
+        Ok(()) => Ok(None),
+        Err(Errno::EAGAIN) => Ok(Some(Received::WouldBlock)),
+        // The peer closed before it read everything that was sent to it.
+        Err(Errno::ECONNRESET) => Ok(Some(Received::Closed)),
+        Err(error) => Err(StreamError::Receive(error.into())),
+    }
+}
+
 /// A message, or the rest of one, that waits to be sent.
 #[derive(Debug)]
 struct Unsent {
@@ -203,7 +214,7 @@ impl MessageStream {
     /// Whether [`MessageStream::receive`] has a message without asking the system.
     #[must_use]
     pub fn has_message(&self) -> bool {
-        self.glance.has_message()
+        self.glance.has_message(self.incoming)
     }
 
     fn receive_step(&mut self) -> Result<Received, StreamError> {
@@ -211,24 +222,18 @@ impl MessageStream {
             if let Some((header, payload)) = self.glance.next(self.incoming)? {
                 return Ok(Received::Message { header, payload, fds: Vec::new() });
             }
-            match self.look() {
-                Ok(()) => {}
-                Err(Errno::EAGAIN) => return Ok(Received::WouldBlock),
-                // The peer closed before it read everything that was sent to it.
-                Err(Errno::ECONNRESET) => return Ok(Received::Closed),
-                Err(error) => return Err(StreamError::Receive(error.into())),
+            if let Some(end) = unseen(self.glance.look(self.fd.as_fd()))? {
+                return Ok(end);
             }
             if let Some((header, payload)) = self.glance.next(self.incoming)? {
                 return Ok(Received::Message { header, payload, fds: Vec::new() });
             }
+            // What was handed out lies before what comes byte by byte.
+            if let Some(end) = unseen(self.glance.take(self.fd.as_fd()))? {
+                return Ok(end);
+            }
         }
         self.receive_exactly()
-    }
-
-    /// Takes what was handed out, and looks at what is there now.
-    fn look(&mut self) -> Result<(), Errno> {
-        self.glance.take(self.fd.as_fd())?;
-        self.glance.look(self.fd.as_fd())
     }
 
     /// A message that is large, in pieces or has descriptors.
