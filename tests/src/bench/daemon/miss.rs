@@ -1,11 +1,10 @@
 //! From a worker's miss to its answer, with a front-end that answers at once.
 //!
-//! The peer is the same chain without anything in it: a word from the asker to the answerer, 52 bytes over a socket to
-//! a blocked thread, 44 bytes back, a word to the asker. So its time is the sum of the hops, on this machine, with the
-//! same threads on the same processors.
+//! The peers are the same chains without anything in them ([`hops`](super::hops)), so their time is the sum of the
+//! hops, on this machine, with the same threads on the same processors: once with everybody awake, and once with
+//! everybody asleep.
 
-use iotlb_proto::sync::{AtomicBool, AtomicU32, Ordering};
-use std::hint::spin_loop;
+use iotlb_proto::sync::{AtomicBool, Ordering};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -14,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use iotlb_client::{Access, Reader};
 use iotlbd::sim::wire::{BACKEND_IOTLB, HEADER_LEN, Iotlb, MessageHeader};
-use rustix::net::{RecvFlags, recv};
-use rustix::thread::{CpuSet, futex};
+use rustix::thread::CpuSet;
 
+use super::hops::{Polling, Sleeping};
 use super::place::{Place, bind, restore};
 use super::service::{ACK_LEN, IOTLB_LEN, IOVA_BASE, Service, update};
 use super::{Outcome, median_ns, time_ns};
@@ -33,8 +32,10 @@ const WARM_UP: u64 = 10;
 const BATCHES: u64 = 6;
 /// Pages of such a request.
 const COLD_PAGES: u64 = 32;
-/// How long the client spins before it sleeps; the peer's asker does the same.
-const SPIN: Duration = Duration::from_micros(20);
+/// Misses that find everybody asleep.
+const COLD: u64 = 300;
+/// Pause before each of them: longer than anybody polls.
+const COLD_PAUSE: Duration = Duration::from_micros(600);
 /// Longest wait for a miss.
 const TIMEOUT_MS: u32 = 10_000;
 /// Pages between two requests, so that no two share anything.
@@ -50,7 +51,7 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
     let pipelines = Arc::new(AtomicBool::new(false));
     let (times_in, update_times) = channel();
     let front_end = spawn_front_end(&service, place.answerer, &pipelines, times_in)?;
-    let chain = Chain::start(place.answerer)?;
+    let (polling, sleeping) = (Polling::start(place.answerer)?, Sleeping::start(place.answerer)?);
     let mut reader = service.worker.reader()?;
     let mut at = IOVA_BASE;
     let mut next = || {
@@ -75,24 +76,40 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
             }
         }
         pipelines.store(false, Ordering::Relaxed);
-        chain.awake(true);
+        polling.awake(true);
         for n in 0..BLOCK {
-            let (ns, ()) = time_ns(|| chain.ask());
+            let (ns, ()) = time_ns(|| polling.ask());
             if n >= WARM_UP {
                 hops.push(ns);
             }
         }
-        chain.awake(false);
+        polling.awake(false);
+    }
+    let (mut cold_ours, mut cold_hops) = (Vec::new(), Vec::new());
+    for _ in 0..COLD {
+        // Sleeping is what is measured: everybody is to be asleep when the miss comes.
+        std::thread::sleep(COLD_PAUSE);
+        cold_ours.push(resolve(&mut reader, next(), 1)?);
+        std::thread::sleep(COLD_PAUSE);
+        let (ns, done) = time_ns(|| sleeping.ask());
+        done?;
+        cold_hops.push(ns);
     }
     drop(reader);
     drop(service);
     front_end.join().map_err(|_| "the front-end panicked")?;
-    chain.end();
+    polling.end();
+    sleeping.end();
     let mut updates: Vec<f64> = update_times.try_iter().collect();
     let (one, update_ns) = (median_ns(&mut ours), median_ns(&mut updates));
     let (cold, piped, hops) = (median_ns(&mut cold), median_ns(&mut piped), median_ns(&mut hops));
+    let (cold_one, cold_hops) = (median_ns(&mut cold_ours), median_ns(&mut cold_hops));
     let limit = Target::CostsAtMost(1.2);
-    rows.push(Row::new("one miss, worker to worker", "ns", one, hops, "the same hops, bare", limit));
+    let name = "one miss, worker to worker, everybody asleep";
+    rows.push(Row::new(name, "ns", cold_one, cold_hops, "the same hops, blocking", limit));
+    // For context: the goal for hops that poll is one of `--busy-poll` on three processors.
+    let name = "one miss after the other, worker to worker";
+    rows.push(Row::new(name, "ns", one, hops, "the same hops, polling", Target::None));
     let sum = one + 31.0 * update_ns;
     rows.push(Row::new(
         "32 cold pages in one request",
@@ -178,115 +195,4 @@ fn answer_misses(
 /// Whether a message asks for a reply.
 fn needs_reply(message: &[u8]) -> bool {
     message.first_chunk::<HEADER_LEN>().is_some_and(|header| MessageHeader::decode(header).needs_reply())
-}
-
-/// The bare chain.
-struct Chain {
-    shared: Arc<Words>,
-    answerer: std::thread::JoinHandle<()>,
-    front_end: std::thread::JoinHandle<()>,
-}
-
-/// What the asker and the answerer share, on lines of their own.
-#[derive(Default)]
-struct Words {
-    asked: Line,
-    answered: Line,
-    sleeping: Line,
-    state: Line,
-}
-
-#[derive(Default)]
-#[repr(align(128))]
-struct Line(AtomicU32);
-
-/// The answerer sleeps.
-const REST: u32 = 0;
-/// It polls.
-const AWAKE: u32 = 1;
-/// It ends.
-const END: u32 = 2;
-
-impl Chain {
-    fn start(cpu: Option<usize>) -> std::io::Result<Chain> {
-        let shared = Arc::new(Words::default());
-        let (near, far) = UnixStream::pair()?;
-        let front_end = std::thread::spawn(move || {
-            bind(cpu);
-            let (mut far, mut miss) = (&far, [0; IOTLB_LEN]);
-            // A MISS is as long as an UPDATE. An Err is the end.
-            while far.read_exact(&mut miss).and_then(|()| far.write_all(&miss)).is_ok() {}
-        });
-        let words = Arc::clone(&shared);
-        let answerer = std::thread::spawn(move || {
-            bind(cpu);
-            relay(&words, &near);
-        });
-        Ok(Chain { shared, answerer, front_end })
-    }
-
-    fn awake(&self, awake: bool) {
-        self.shared.state.0.store(if awake { AWAKE } else { REST }, Ordering::Release);
-        self.answerer.thread().unpark();
-    }
-
-    /// One chain from end to end, with the waiting of a client: spin, then sleep.
-    fn ask(&self) {
-        let words = &self.shared;
-        let ticket = words.asked.0.load(Ordering::Relaxed).wrapping_add(1);
-        words.asked.0.store(ticket, Ordering::Release);
-        let spin_until = Instant::now() + SPIN;
-        while words.answered.0.load(Ordering::Acquire) != ticket {
-            if Instant::now() < spin_until {
-                spin_loop();
-                continue;
-            }
-            // Sequentially consistent, as the other side's pair: one of the two sees the other's store.
-            words.sleeping.0.store(1, Ordering::SeqCst);
-            if words.answered.0.load(Ordering::SeqCst) != ticket {
-                // Every way to wake up is a reason to look again.
-                let _ = futex::wait(&words.answered.0, futex::Flags::empty(), ticket.wrapping_sub(1), None);
-            }
-            words.sleeping.0.store(0, Ordering::Relaxed);
-        }
-    }
-
-    fn end(self) {
-        self.shared.state.0.store(END, Ordering::Release);
-        self.answerer.thread().unpark();
-        // A panic there has already been told on the terminal.
-        let _ = (self.answerer.join(), self.front_end.join());
-    }
-}
-
-/// The answerer: a word in, a message out, a message in, a word out; yields in between.
-fn relay(words: &Words, stream: &UnixStream) {
-    let mut message = [0; IOTLB_LEN];
-    let mut taken = 0;
-    loop {
-        match words.state.0.load(Ordering::Acquire) {
-            REST => {
-                std::thread::park();
-                continue;
-            }
-            AWAKE => {}
-            _ => return,
-        }
-        let asked = words.asked.0.load(Ordering::Acquire);
-        if asked != taken {
-            taken = asked;
-            let mut out = stream;
-            if out.write_all(&message).is_err() {
-                return;
-            }
-        }
-        if recv(stream, &mut message[..], RecvFlags::DONTWAIT).is_ok_and(|(count, _)| count > 0) {
-            words.answered.0.store(taken, Ordering::SeqCst);
-            if words.sleeping.0.load(Ordering::SeqCst) != 0 {
-                // An Err cannot be: the word is mapped and aligned.
-                let _ = futex::wake(&words.answered.0, futex::Flags::empty(), 1);
-            }
-        }
-        std::thread::yield_now();
-    }
 }

@@ -4,12 +4,14 @@
 //! | --- | --- |
 //! | [`ack`] | UPDATE and INVALIDATE against a bare echo |
 //! | [`miss`] | a miss from worker to worker against the sum of its hops; 32 cold pages |
+//! | [`hops`] | the bare chains that a miss is measured against |
 //! | [`drain`] | taking a page away while another process reads; looking at idle readers |
 //! | [`service`] | a daemon whose front-end is a pair of raw sockets |
 //! | [`place`] | which thread runs where |
 
 pub mod ack;
 pub mod drain;
+pub mod hops;
 pub mod miss;
 pub mod place;
 pub mod service;

@@ -1,0 +1,215 @@
+//! The bare chains that a miss is measured against: a word from the asker to the answerer, 44 bytes over a socket to a
+//! blocked thread, 44 bytes back, a word to the asker.
+//!
+//! In [`Polling`] asker and answerer spin and yield, as a client and a daemon do while misses come one after the other.
+//! In [`Sleeping`] nobody does: an eventfd wakes the answerer up in `epoll_wait`, the socket the front-end in `read`,
+//! the socket the answerer in `epoll_wait`, a futex the asker.
+
+use std::hint::spin_loop;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use iotlb_proto::sync::{AtomicU32, Ordering};
+use rustix::buffer::spare_capacity;
+use rustix::event::{EventfdFlags, epoll, eventfd};
+use rustix::net::{RecvFlags, recv};
+use rustix::thread::futex;
+
+use super::place::bind;
+use super::service::IOTLB_LEN;
+
+/// How long a client spins before it sleeps; the asker of [`Polling`] does the same.
+const SPIN: Duration = Duration::from_micros(20);
+
+/// A thread that sends each message back, blocking. It ends with the stream that is returned.
+fn spawn_front_end(cpu: Option<usize>) -> std::io::Result<(UnixStream, JoinHandle<()>)> {
+    let (near, far) = UnixStream::pair()?;
+    let front_end = std::thread::spawn(move || {
+        bind(cpu);
+        let (mut far, mut miss) = (&far, [0; IOTLB_LEN]);
+        // A MISS is as long as an UPDATE. An Err is the end.
+        while far.read_exact(&mut miss).and_then(|()| far.write_all(&miss)).is_ok() {}
+    });
+    Ok((near, front_end))
+}
+
+/// The chain whose asker and answerer poll.
+pub(super) struct Polling {
+    shared: Arc<Words>,
+    answerer: JoinHandle<()>,
+    front_end: JoinHandle<()>,
+}
+
+/// What the asker and the answerer share, on lines of their own.
+#[derive(Default)]
+struct Words {
+    asked: Line,
+    answered: Line,
+    sleeping: Line,
+    state: Line,
+}
+
+#[derive(Default)]
+#[repr(align(128))]
+struct Line(AtomicU32);
+
+/// The answerer sleeps.
+const REST: u32 = 0;
+/// It polls.
+const AWAKE: u32 = 1;
+/// It ends.
+const END: u32 = 2;
+
+impl Polling {
+    pub(super) fn start(cpu: Option<usize>) -> std::io::Result<Polling> {
+        let shared = Arc::new(Words::default());
+        let (near, front_end) = spawn_front_end(cpu)?;
+        let words = Arc::clone(&shared);
+        let answerer = std::thread::spawn(move || {
+            bind(cpu);
+            relay(&words, &near);
+        });
+        Ok(Polling { shared, answerer, front_end })
+    }
+
+    pub(super) fn awake(&self, awake: bool) {
+        self.shared.state.0.store(if awake { AWAKE } else { REST }, Ordering::Release);
+        self.answerer.thread().unpark();
+    }
+
+    /// One chain from end to end, with the waiting of a client: spin, then sleep.
+    pub(super) fn ask(&self) {
+        let words = &self.shared;
+        let ticket = words.asked.0.load(Ordering::Relaxed).wrapping_add(1);
+        words.asked.0.store(ticket, Ordering::Release);
+        let spin_until = Instant::now() + SPIN;
+        while words.answered.0.load(Ordering::Acquire) != ticket {
+            if Instant::now() < spin_until {
+                spin_loop();
+                continue;
+            }
+            // Sequentially consistent, as the other side's pair: one of the two sees the other's store.
+            words.sleeping.0.store(1, Ordering::SeqCst);
+            if words.answered.0.load(Ordering::SeqCst) != ticket {
+                // Every way to wake up is a reason to look again.
+                let _ = futex::wait(&words.answered.0, futex::Flags::empty(), ticket.wrapping_sub(1), None);
+            }
+            words.sleeping.0.store(0, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn end(self) {
+        self.shared.state.0.store(END, Ordering::Release);
+        self.answerer.thread().unpark();
+        // A panic there has already been told on the terminal.
+        let _ = (self.answerer.join(), self.front_end.join());
+    }
+}
+
+/// The answerer: a word in, a message out, a message in, a word out; yields in between.
+fn relay(words: &Words, stream: &UnixStream) {
+    let mut message = [0; IOTLB_LEN];
+    let mut taken = 0;
+    loop {
+        match words.state.0.load(Ordering::Acquire) {
+            REST => {
+                std::thread::park();
+                continue;
+            }
+            AWAKE => {}
+            _ => return,
+        }
+        let asked = words.asked.0.load(Ordering::Acquire);
+        if asked != taken {
+            taken = asked;
+            let mut out = stream;
+            if out.write_all(&message).is_err() {
+                return;
+            }
+        }
+        if recv(stream, &mut message[..], RecvFlags::DONTWAIT).is_ok_and(|(count, _)| count > 0) {
+            words.answered.0.store(taken, Ordering::SeqCst);
+            if words.sleeping.0.load(Ordering::SeqCst) != 0 {
+                // An Err cannot be: the word is mapped and aligned.
+                let _ = futex::wake(&words.answered.0, futex::Flags::empty(), 1);
+            }
+        }
+        std::thread::yield_now();
+    }
+}
+
+/// The chain in which everybody sleeps.
+pub(super) struct Sleeping {
+    bell: Arc<OwnedFd>,
+    answered: Arc<Line>,
+    answerer: JoinHandle<()>,
+    front_end: JoinHandle<()>,
+}
+
+/// Rung so often at once: the end.
+const LAST_BELL: u64 = 1 << 32;
+
+impl Sleeping {
+    pub(super) fn start(cpu: Option<usize>) -> std::io::Result<Sleeping> {
+        let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
+        let answered = Arc::new(Line::default());
+        let (near, front_end) = spawn_front_end(cpu)?;
+        let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&set, &bell, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+        epoll::add(&set, &near, epoll::EventData::new_u64(1), epoll::EventFlags::IN)?;
+        let (their_bell, their_answered) = (Arc::clone(&bell), Arc::clone(&answered));
+        let answerer = std::thread::spawn(move || {
+            bind(cpu);
+            // An Err is the end.
+            let _ = serve(&set, &their_bell, &near, &their_answered);
+        });
+        Ok(Sleeping { bell, answered, answerer, front_end })
+    }
+
+    /// One chain from end to end.
+    pub(super) fn ask(&self) -> std::io::Result<()> {
+        let before = self.answered.0.load(Ordering::Acquire);
+        rustix::io::write(&*self.bell, &1u64.to_ne_bytes())?;
+        while self.answered.0.load(Ordering::Acquire) == before {
+            // Every way to wake up is a reason to look again.
+            let _ = futex::wait(&self.answered.0, futex::Flags::empty(), before, None);
+        }
+        Ok(())
+    }
+
+    pub(super) fn end(self) {
+        // An Err cannot be: the counter is far from full.
+        let _ = rustix::io::write(&*self.bell, &LAST_BELL.to_ne_bytes());
+        // A panic there has already been told on the terminal.
+        let _ = (self.answerer.join(), self.front_end.join());
+    }
+}
+
+/// The answerer: a bell in, a message out, a message in, a word out.
+fn serve(set: &OwnedFd, bell: &OwnedFd, mut stream: &UnixStream, answered: &Line) -> std::io::Result<()> {
+    let mut message = [0; IOTLB_LEN];
+    let mut events = Vec::with_capacity(2);
+    loop {
+        events.clear();
+        epoll::wait(set, spare_capacity(&mut events), None)?;
+        for event in &events {
+            if event.data.u64() == 0 {
+                let mut rung = [0; 8];
+                rustix::io::read(bell, &mut rung)?;
+                if u64::from_ne_bytes(rung) >= LAST_BELL {
+                    return Ok(());
+                }
+                stream.write_all(&message)?;
+            } else {
+                stream.read_exact(&mut message)?;
+                // Release: partner of the load in `ask`.
+                answered.0.fetch_add(1, Ordering::Release);
+                futex::wake(&answered.0, futex::Flags::empty(), 1)?;
+            }
+        }
+    }
+}
