@@ -8,14 +8,16 @@ pub const QUEUE_PAIRS_MAX: u16 = 128;
 
 /// Virtio features of a net device.
 ///
-/// Not offered: packed rings, IN_ORDER and RING_RESET (not served), ECN and USO (every worker would have to pass them
-/// on to whatever it forwards to), LOG_ALL (no dirty log yet).
+/// Not offered: packed rings, IN_ORDER and RING_RESET (not served), LOG_ALL (no dirty log yet). For UDP segmentation see
+/// [`NET_USO`].
 pub const NET_FEATURES: u64 = virtio::NET_CSUM
     | virtio::NET_GUEST_CSUM
     | virtio::NET_GUEST_TSO4
     | virtio::NET_GUEST_TSO6
+    | virtio::NET_GUEST_ECN
     | virtio::NET_HOST_TSO4
     | virtio::NET_HOST_TSO6
+    | virtio::NET_HOST_ECN
     | virtio::NET_MRG_RXBUF
     | virtio::NET_CTRL_VQ
     | virtio::NET_CTRL_RX
@@ -26,6 +28,10 @@ pub const NET_FEATURES: u64 = virtio::NET_CSUM
     | virtio::PROTOCOL_FEATURES
     | virtio::VERSION_1
     | virtio::ACCESS_PLATFORM;
+
+/// UDP segmentation, both ways: what a TAP of Linux 6.2 or later passes on. An earlier one refuses such packets from the
+/// guest, so it depends on the host whether this is offered.
+pub const NET_USO: u64 = virtio::NET_GUEST_USO4 | virtio::NET_GUEST_USO6 | virtio::NET_HOST_USO;
 
 /// Protocol features of a net device.
 pub const NET_PROTOCOL_FEATURES: u64 = protocol::MQ
@@ -71,6 +77,15 @@ impl DeviceConfig {
         }
     }
 
+    /// The same, and with `offered` also UDP segmentation.
+    #[must_use]
+    pub fn with_uso(mut self, offered: bool) -> DeviceConfig {
+        if offered {
+            self.features |= NET_USO;
+        }
+        self
+    }
+
     /// Rings that can be served: as many as asked for, but no more than the table has records for.
     #[must_use]
     pub fn rings(&self) -> usize {
@@ -98,6 +113,13 @@ mod tests {
         let packed_in_order_ring_reset = 1 << 34 | 1 << 35 | 1 << 40;
         assert_eq!(config.features & packed_in_order_ring_reset, 0);
         assert_eq!(config.protocol_features & (protocol::LOG_SHMFD | protocol::INFLIGHT_SHMFD), 0);
+    }
+
+    #[test]
+    fn udp_segmentation_is_offered_where_the_host_passes_it_on() {
+        let config = || DeviceConfig::net(1, 100, 1 << 40);
+        assert_eq!(config().with_uso(false).features & NET_USO, 0);
+        assert_eq!(config().with_uso(true).features, config().features | 1 << 54 | 1 << 55 | 1 << 56);
     }
 
     #[test]

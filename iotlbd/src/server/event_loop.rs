@@ -22,6 +22,7 @@ use super::eventfd::Signaller;
 use super::figures::Figures;
 use super::front_end::{FrontEnd, FrontEndDoor, Incoming};
 use super::grace::{GraceWait, Pause};
+use super::kernel;
 use super::leases::Leases;
 use super::pace::{Idle, Pace};
 use super::poller::{Poller, Ready, Token};
@@ -426,5 +427,5 @@ impl EventLoop {
 
 fn device_config(config: &ServerConfig) -> DeviceConfig {
     let super::DeviceKind::Net { queue_pairs } = config.device;
-    DeviceConfig::net(queue_pairs, config.miss_timeout_ms, config.arena_size)
+    DeviceConfig::net(queue_pairs, config.miss_timeout_ms, config.arena_size).with_uso(kernel::passes_uso())
 }

@@ -19,6 +19,7 @@
 //! | `leases` | which worker owns which queue |
 //! | `grace`, `stall` | waiting for readers, and what happens to those that make the guest wait |
 //! | `eventfd` | other processes' eventfds |
+//! | `kernel` | what the host can do |
 //! | `figures` | what is measured, and where that is written |
 
 pub mod config;
@@ -36,6 +37,7 @@ mod eventfd;
 mod figures;
 mod front_end;
 mod grace;
+mod kernel;
 mod leases;
 mod link;
 mod pace;

@@ -5,9 +5,9 @@
 //! any of these bytes are the message's.
 //!
 //! Small messages without descriptors, which is nearly all of them for hours, go another way: the socket's content is
-//! looked at without being taken (`glance`), handed out message by message, and taken when nothing more follows. That is
-//! less work, and it has the answer sent *before* the question is taken: to take bytes out of a Unix socket wakes up a
-//! peer that sleeps on it, as there is room now, and a peer that waits for an answer would wake up in vain.
+//! looked at without being taken (`glance`), handed out message by message, and taken when nothing more follows. That
+//! is less work, and it has the answer sent *before* the question is taken: to take bytes out of a Unix socket wakes up
+//! a peer that sleeps on it, as there is room now, and a peer that waits for an answer would wake up in vain.
 //!
 //! Messages out are sent at once, or put together ([`MessageStream::put`]) and sent in one go: to wake up a peer costs
 //! more than to send it another message.

@@ -131,6 +131,32 @@ fn packets_go_both_ways() {
     });
 }
 
+/// A UDP packet of 3,000 bytes that is to be cut into three.
+fn udp_train() -> Vec<u8> {
+    const PAYLOAD: u16 = 3_000;
+    let mut ip = [0x45, 0, 0, 0, 0, 0, 0x40, 0, 64, 17, 0, 0, 10, 9, 8, 7, 10, 9, 8, 6];
+    ip[2..4].copy_from_slice(&(20 + 8 + PAYLOAD).to_be_bytes());
+    let mut udp = [0x12, 0x34, 0x43, 0x21, 0, 0, 0, 0];
+    udp[4..6].copy_from_slice(&(8 + PAYLOAD).to_be_bytes());
+    // VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_UDP_L4; 42 bytes of headers, segments of 1,000, the checksum 6
+    // bytes into what begins at 34.
+    let header = [1, 5, 42, 0, 0xe8, 0x03, 34, 0, 6, 0, 0, 0];
+    [&header[..], &[0xff; 6], &[2, 0, 0, 0, 0, 1], &[8, 0], &ip, &udp, &[0x5a; PAYLOAD as usize]].concat()
+}
+
+#[test]
+fn udp_segmentation_is_passed_on_since_linux_6_2() {
+    in_a_namespace("udp_segmentation_is_passed_on_since_linux_6_2", || {
+        let mut tap = Tap::open("tap3", Direction::Both).expect("root may");
+        ip("link set tap3 up");
+        let name = nix::sys::utsname::uname().expect("every system has a name");
+        let release = name.release().to_string_lossy();
+        let numbers: Vec<u32> = release.split(|c: char| !c.is_ascii_digit()).flat_map(str::parse).take(2).collect();
+        let expected = if numbers >= vec![6, 2] { Written::Sent } else { Written::Refused };
+        assert_eq!(tap.write(&udp_train()).expect("open"), expected, "{release}");
+    });
+}
+
 #[test]
 fn a_queue_from_the_guest_only_attracts_nothing_and_still_sends() {
     in_a_namespace("a_queue_from_the_guest_only_attracts_nothing_and_still_sends", || {
