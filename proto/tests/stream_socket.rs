@@ -186,23 +186,41 @@ fn messages_that_were_put_together_arrive_in_order() {
 }
 
 #[test]
-fn what_was_handed_out_stays_in_the_socket_while_more_follows() {
+fn answered_messages_stay_in_the_socket_as_long_as_that_is_wished() {
     let (mut stream, mut peer) = pair();
     let mut receive = |stream: &mut MessageStream| {
         peer.write_all(&update()).expect("sent");
         assert!(matches!(stream.receive(), Ok(Received::Message { .. })));
         unread(stream)
     };
-    // To take what was answered would wake up a peer that sleeps behind its next message.
     let length = update().len();
-    assert_eq!([(); 3].map(|()| receive(&mut stream)), [length, 2 * length, 3 * length]);
+    assert_eq!(receive(&mut stream), length, "answered before it is taken");
     would_block(&mut stream);
-    assert_eq!(unread(&stream), 0, "the peer has no more to ask: now is the time");
-    // However long it goes on without a pause, the socket does not fill up.
+    assert_eq!(unread(&stream), 0);
+    stream.keep_answered(true);
+    for count in 1..=3 {
+        assert_eq!(receive(&mut stream), count * length);
+        would_block(&mut stream);
+        assert!(stream.has_kept());
+    }
+    // However long it goes on, the socket does not fill up.
     let most = (0..100).map(|_| receive(&mut stream)).max();
-    assert!(most.is_some_and(|bytes| bytes > length && bytes <= 20 * length), "{most:?}");
+    assert!(most.is_some_and(|bytes| bytes > 3 * length && bytes <= 20 * length), "{most:?}");
+    stream.keep_answered(false);
+    would_block(&mut stream);
+    assert!(unread(&stream) == 0 && !stream.has_kept());
+    stream.keep_answered(true);
+    receive(&mut stream);
+    // Descriptors come with what follows: it is found all the same.
+    let (message, null) = (update(), null());
+    send_raw(&peer, &message, &[null.as_fd()]);
+    assert!(matches!(stream.receive(), Ok(Received::Message { fds, .. }) if fds.len() == 1));
+    peer.write_all(&update()).expect("sent");
+    assert!(matches!(stream.receive(), Ok(Received::Message { .. })));
     drop(peer);
-    assert!(matches!(stream.receive(), Ok(Received::Closed)), "the end is seen behind what was handed out");
+    would_block(&mut stream);
+    stream.keep_answered(false);
+    assert!(matches!(stream.receive(), Ok(Received::Closed)), "the end is seen behind what was kept");
 }
 
 #[test]

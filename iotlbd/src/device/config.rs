@@ -8,8 +8,8 @@ pub const QUEUE_PAIRS_MAX: u16 = 128;
 
 /// Virtio features of a net device.
 ///
-/// Not offered: packed rings, IN_ORDER and RING_RESET (not served), LOG_ALL (no dirty log yet). For UDP segmentation see
-/// [`NET_USO`].
+/// Not offered: packed rings, IN_ORDER and RING_RESET (not served), LOG_ALL (no dirty log yet). For UDP segmentation
+/// see [`NET_USO`].
 pub const NET_FEATURES: u64 = virtio::NET_CSUM
     | virtio::NET_GUEST_CSUM
     | virtio::NET_GUEST_TSO4
@@ -29,8 +29,8 @@ pub const NET_FEATURES: u64 = virtio::NET_CSUM
     | virtio::VERSION_1
     | virtio::ACCESS_PLATFORM;
 
-/// UDP segmentation, both ways: what a TAP of Linux 6.2 or later passes on. An earlier one refuses such packets from the
-/// guest, so it depends on the host whether this is offered.
+/// UDP segmentation, both ways: what a TAP of Linux 6.2 or later passes on. An earlier one refuses such packets from
+/// the guest, so it depends on the host whether this is offered.
 pub const NET_USO: u64 = virtio::NET_GUEST_USO4 | virtio::NET_GUEST_USO6 | virtio::NET_HOST_USO;
 
 /// Protocol features of a net device.

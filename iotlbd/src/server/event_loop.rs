@@ -219,6 +219,8 @@ impl EventLoop {
                     self.poller.wait(false, ready).map_err(loop_error("wait"))?;
                 }
             }
+            // Once more around, to see the end if it lies behind what was kept.
+            Idle::Sleep if self.puts_away() => ready.clear(),
             Idle::Sleep => {
                 let sleep = self.prepare_sleep()?;
                 self.poller.wait(sleep, ready).map_err(loop_error("wait"))?;
@@ -228,6 +230,12 @@ impl EventLoop {
             self.device.table().set_doorbell_wanted(false);
         }
         Ok(())
+    }
+
+    /// Whether the front-end has to be looked at once more before the loop may sleep. While no request may be read,
+    /// what was kept stays: the answer to it is not out.
+    fn puts_away(&mut self) -> bool {
+        self.device.accepts_requests() && self.front_end.as_mut().is_some_and(FrontEnd::put_away)
     }
 
     /// Has room for output reported where something waits for it, and only there.
@@ -284,7 +292,7 @@ impl EventLoop {
             Token::FrontEndListener => self.front_end_waits(),
             Token::FrontEnd => {
                 if let Some(front_end) = &mut self.front_end {
-                    front_end.ready(event.hung_up);
+                    front_end.ready(event.hung_up, event.ending);
                 }
             }
             Token::BackEnd => self.read_back_end(),

@@ -3,10 +3,9 @@
 //! What is looked at stays in the socket, so nothing is decided by looking: a message that is not whole yet, too large,
 //! or comes with descriptors is left to be received byte by byte.
 //!
-//! What was handed out stays in the socket too, until a look finds nothing behind it or there is no room to look at
-//! more. To take bytes wakes up a peer that sleeps on its end. A front-end that shares the processor with whoever
-//! answers it runs as soon as it is answered, and sleeps again, behind its next message, before the last one could be
-//! taken. Nothing behind what was handed out means that the peer does not wait for an answer, so it is not woken up.
+//! What was handed out stays in the socket too, as long as the caller wishes and there is room to look at more. To take
+//! bytes wakes up a peer that sleeps on its end. A front-end that shares the processor with whoever answers it runs as
+//! soon as it is answered, and sleeps again, behind its next message, before the last one could be taken.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -29,6 +28,15 @@ pub(super) struct Glance {
     bytes: [u8; GLANCE_MAX],
     seen: usize,
     handed_out: usize,
+}
+
+/// What is in the socket.
+enum Seen {
+    /// Bytes, or the end.
+    Bytes,
+    /// Bytes with something that comes with them.
+    Descriptors,
+    Nothing,
 }
 
 impl Default for Glance {
@@ -56,21 +64,31 @@ impl Glance {
     }
 
     /// Looks at what is there, behind what was handed out. Nothing is seen of what may have descriptors with it, nor of
-    /// the end; then all that was handed out is taken.
-    pub(super) fn look(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
+    /// the end.
+    ///
+    /// Where nothing follows, what was handed out is taken; with `keep` it stays, and the answer is `EAGAIN`.
+    pub(super) fn look(&mut self, socket: BorrowedFd<'_>, keep: bool) -> Result<(), Errno> {
         if GLANCE_MAX - self.handed_out < MESSAGE_LEN {
             self.take(socket)?;
         }
-        match self.peek(socket) {
-            // Somebody else has taken the bytes that were seen here: framing is lost.
-            Err(Errno::EAGAIN) if self.handed_out > 0 => return Err(Errno::EPROTO),
-            other => other?,
+        if self.handed_out > 0 {
+            match self.peek(socket)? {
+                Seen::Bytes if self.seen > self.handed_out => return Ok(()),
+                Seen::Bytes if self.seen == self.handed_out && keep => return Err(Errno::EAGAIN),
+                // Somebody else has taken the bytes that were seen here: framing is lost.
+                Seen::Nothing => return Err(Errno::EPROTO),
+                Seen::Bytes | Seen::Descriptors => self.take(socket)?,
+            }
         }
-        if self.seen <= self.handed_out && self.handed_out > 0 {
-            self.take(socket)?;
-            self.peek(socket)?;
+        match self.peek(socket)? {
+            Seen::Bytes | Seen::Descriptors => Ok(()),
+            Seen::Nothing => Err(Errno::EAGAIN),
         }
-        Ok(())
+    }
+
+    /// Whether some of what was handed out is still in the socket.
+    pub(super) fn is_kept(&self) -> bool {
+        self.handed_out > 0
     }
 
     /// Takes what was handed out from the socket. Nothing counts as seen then.
@@ -84,7 +102,7 @@ impl Glance {
                 Ok(0) => return Err(Errno::ECONNRESET),
                 Ok(count) => self.handed_out -= count.min(self.handed_out),
                 Err(Errno::EINTR) => {}
-                // As above.
+                // As in `look`.
                 Err(Errno::EAGAIN) => return Err(Errno::EPROTO),
                 Err(error) => return Err(error),
             }
@@ -92,13 +110,17 @@ impl Glance {
         Ok(())
     }
 
-    fn peek(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
+    fn peek(&mut self, socket: BorrowedFd<'_>) -> Result<Seen, Errno> {
         self.seen = 0;
-        let (count, descriptors) = ancillary::peek(socket, &mut self.bytes)?;
-        if !descriptors {
-            self.seen = count;
+        match ancillary::peek(socket, &mut self.bytes) {
+            Ok((_, true)) => Ok(Seen::Descriptors),
+            Ok((count, false)) => {
+                self.seen = count;
+                Ok(Seen::Bytes)
+            }
+            Err(Errno::EAGAIN) => Ok(Seen::Nothing),
+            Err(error) => Err(error),
         }
-        Ok(())
     }
 
     fn rest(&self) -> &[u8] {

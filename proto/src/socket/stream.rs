@@ -152,6 +152,8 @@ pub struct MessageStream {
     fd: OwnedFd,
     incoming: Incoming,
     glance: Glance,
+    /// See [`MessageStream::keep_answered`].
+    keeps: bool,
     partial: Partial,
     outgoing: VecDeque<Unsent>,
     outgoing_bytes: usize,
@@ -184,6 +186,7 @@ impl MessageStream {
             fd,
             incoming,
             glance: Glance::default(),
+            keeps: false,
             partial: Partial::default(),
             outgoing: VecDeque::new(),
             outgoing_bytes: 0,
@@ -211,6 +214,20 @@ impl MessageStream {
         result
     }
 
+    /// Whether small messages stay in the socket after [`MessageStream::receive`] returned them, until some 16 are
+    /// there. For somebody who polls: taking them one by one would wake up, in vain, a peer that sleeps for its next
+    /// answer. Meanwhile the end of the connection is not seen behind them, so who goes to sleep, or hears of the end,
+    /// is to switch this off and to receive until [`Received::WouldBlock`]. Off at first.
+    pub fn keep_answered(&mut self, keep: bool) {
+        self.keeps = keep;
+    }
+
+    /// Whether messages that were returned are still in the socket.
+    #[must_use]
+    pub fn has_kept(&self) -> bool {
+        self.glance.is_kept()
+    }
+
     /// Whether [`MessageStream::receive`] has a message without asking the system.
     #[must_use]
     pub fn has_message(&self) -> bool {
@@ -222,7 +239,7 @@ impl MessageStream {
             if let Some((header, payload)) = self.glance.next(self.incoming)? {
                 return Ok(Received::Message { header, payload, fds: Vec::new() });
             }
-            if let Some(end) = unseen(self.glance.look(self.fd.as_fd()))? {
+            if let Some(end) = unseen(self.glance.look(self.fd.as_fd(), self.keeps))? {
                 return Ok(end);
             }
             if let Some((header, payload)) = self.glance.next(self.incoming)? {
