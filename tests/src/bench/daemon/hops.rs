@@ -1,8 +1,8 @@
 //! The bare chains that a miss is measured against: a word from the asker to the answerer, 44 bytes over a socket to a
 //! blocked thread, 44 bytes back, a word to the asker.
 //!
-//! In [`Polling`] asker and answerer spin and yield, as a client and a daemon do while misses come one after the other.
-//! In [`Sleeping`] nobody does: an eventfd wakes the answerer up in `epoll_wait`, the socket the front-end in `read`,
+//! In `Polling` asker and answerer spin and yield, as a client and a daemon do while misses come one after the other.
+//! In `Sleeping` nobody does: an eventfd wakes the answerer up in `epoll_wait`, the socket the front-end in `read`,
 //! the socket the answerer in `epoll_wait`, a futex the asker.
 
 use std::hint::spin_loop;
