@@ -1,0 +1,75 @@
+//! How the end of a front-end's connection looks from its side.
+
+mod server_support;
+
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+use iotlb_proto::access::Access;
+use iotlbd::sim::front_end::FrontEnd;
+use iotlbd::sim::wire::{HEADER_LEN, MessageHeader, code};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, Shutdown, recv, shutdown};
+use server_support::{Running, started_front_end, watchdog};
+
+const IOVA: u64 = 0x10_0000;
+
+/// A server that never sleeps, so that it leaves answered requests in the socket, and a front-end some of whose messages were answered just now.
+fn polling() -> (Running, FrontEnd) {
+    let server = Running::start_with(|config| config.busy_poll = true);
+    let mut front_end = started_front_end(&server.front_end());
+    let page = front_end.guest.allocate().expect("a page");
+    front_end.viommu.map(IOVA, page, Access::READ_WRITE).expect("maps");
+    for _ in 0..3 {
+        front_end.push_update(IOVA).expect("acknowledged");
+    }
+    (server, front_end)
+}
+
+/// The front-end's main channel, on its own.
+fn main_channel(front_end: &FrontEnd) -> OwnedFd {
+    front_end.channels().0.try_clone_to_owned().expect("a descriptor")
+}
+
+/// How many bytes come next; 0 is the end.
+fn next(socket: &OwnedFd) -> Result<usize, Errno> {
+    poll(&mut [PollFd::new(socket, PollFlags::IN)], None).expect("polls");
+    recv(socket, &mut [0; 64][..], RecvFlags::DONTWAIT).map(|(count, _)| count)
+}
+
+#[test]
+fn a_daemon_that_stops_closes_without_an_error() {
+    let _watchdog = watchdog();
+    let (server, front_end) = polling();
+    let main = main_channel(&front_end);
+    server.stop();
+    assert_eq!(next(&main), Ok(0), "answered requests are no reason to reset the connection");
+}
+
+#[test]
+fn a_front_end_that_will_send_no_more_is_let_go() {
+    let _watchdog = watchdog();
+    let (server, front_end) = polling();
+    let main = main_channel(&front_end);
+    shutdown(&main, Shutdown::Write).expect("half closed");
+    assert_eq!(next(&main), Ok(0), "the end comes from the other side too");
+    drop(started_front_end(&server.front_end()));
+    server.stop();
+}
+
+#[test]
+fn what_was_asked_before_framing_is_lost_is_answered() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let mut stream = UnixStream::connect(server.front_end()).expect("connects");
+    let mut bytes = MessageHeader::request(code::GET_FEATURES, 0, false).encode().to_vec();
+    // No version of vhost-user has such a header: where the next message starts is unknown.
+    bytes.extend([0xff; HEADER_LEN]);
+    stream.write_all(&bytes).expect("sent in one go");
+    let main = OwnedFd::from(stream);
+    assert_eq!(next(&main), Ok(HEADER_LEN + 8), "the features");
+    assert!(matches!(next(&main), Ok(0) | Err(Errno::CONNRESET)), "then the end");
+    server.stop();
+}
