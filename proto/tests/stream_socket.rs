@@ -186,7 +186,7 @@ fn messages_that_were_put_together_arrive_in_order() {
 }
 
 #[test]
-fn answered_messages_stay_in_the_socket_as_long_as_that_is_wished() {
+fn answered_messages_stay_in_the_socket_until_they_are_put_away() {
     let (mut stream, mut peer) = pair();
     let mut receive = |stream: &mut MessageStream| {
         peer.write_all(&update()).expect("sent");
@@ -194,33 +194,72 @@ fn answered_messages_stay_in_the_socket_as_long_as_that_is_wished() {
         unread(stream)
     };
     let length = update().len();
-    assert_eq!(receive(&mut stream), length, "answered before it is taken");
-    would_block(&mut stream);
-    assert_eq!(unread(&stream), 0);
-    stream.keep_answered(true);
     for count in 1..=3 {
-        assert_eq!(receive(&mut stream), count * length);
+        assert_eq!(receive(&mut stream), count * length, "answered before it is taken");
         would_block(&mut stream);
-        assert!(stream.has_kept());
     }
+    stream.put_away().expect("taken");
+    assert_eq!(unread(&stream), 0);
+    stream.put_away().expect("nothing is left");
     // However long it goes on, the socket does not fill up.
     let most = (0..100).map(|_| receive(&mut stream)).max();
-    assert!(most.is_some_and(|bytes| bytes > 3 * length && bytes <= 20 * length), "{most:?}");
-    stream.keep_answered(false);
-    would_block(&mut stream);
-    assert!(unread(&stream) == 0 && !stream.has_kept());
-    stream.keep_answered(true);
-    receive(&mut stream);
+    assert!(most.is_some_and(|bytes| bytes > 3 * length && bytes <= 32 * length), "{most:?}");
     // Descriptors come with what follows: it is found all the same.
     let (message, null) = (update(), null());
     send_raw(&peer, &message, &[null.as_fd()]);
     assert!(matches!(stream.receive(), Ok(Received::Message { fds, .. }) if fds.len() == 1));
     peer.write_all(&update()).expect("sent");
     assert!(matches!(stream.receive(), Ok(Received::Message { .. })));
-    drop(peer);
     would_block(&mut stream);
-    stream.keep_answered(false);
-    assert!(matches!(stream.receive(), Ok(Received::Closed)), "the end is seen behind what was kept");
+    drop(peer);
+    assert!(matches!(stream.receive(), Ok(Received::Closed)), "the end is seen behind what was left");
+}
+
+#[test]
+fn small_messages_without_a_payload_do_not_pile_up() {
+    let (mut stream, mut peer) = pair();
+    let header = Header::request(1, 0, false).to_bytes();
+    let most = (0..200).map(|_| {
+        peer.write_all(&header).expect("sent");
+        assert!(matches!(stream.receive(), Ok(Received::Message { .. })));
+        unread(&stream)
+    });
+    assert!(most.max().is_some_and(|bytes| bytes <= 32 * HEADER_LEN), "each costs the peer as much as a long one");
+}
+
+/// What waits behind a message with descriptors may be in one piece with it, so that a look ends in the middle.
+#[test]
+fn what_follows_descriptors_in_one_piece_is_not_skipped() {
+    let (mut stream, peer) = pair();
+    let null = null();
+    for round in 0..3 {
+        let three = [update(), update(), update()].concat();
+        send_raw(&peer, &update(), &[]);
+        send_raw(&peer, &three, &[null.as_fd()]);
+        send_raw(&peer, &update(), &[]);
+        let fds: Vec<usize> = (0..5)
+            .map(|at| match stream.receive() {
+                Ok(Received::Message { fds, .. }) => fds.len(),
+                other => panic!("round {round}, message {at}: {other:?}"),
+            })
+            .collect();
+        assert_eq!(fds, [0, 1, 0, 0, 0]);
+        would_block(&mut stream);
+        if round == 1 {
+            stream.put_away().expect("taken");
+        }
+    }
+}
+
+#[test]
+fn waiting_for_a_message_sleeps_whatever_was_left_in_the_socket() {
+    let (mut stream, mut peer) = pair();
+    peer.write_all(&update()).expect("sent");
+    assert!(stream.receive_blocking(1_000).is_ok());
+    let (ended, end) = std::sync::mpsc::channel();
+    std::thread::spawn(move || ended.send(stream.receive_blocking(1).map(|_| ())));
+    let end = end.recv_timeout(std::time::Duration::from_secs(20)).expect("it does not go around for ever");
+    assert!(matches!(end, Err(StreamError::TimedOut { timeout_ms: 1 })));
 }
 
 #[test]
@@ -230,7 +269,9 @@ fn bytes_that_somebody_else_takes_are_missed() {
     assert!(matches!(stream.receive(), Ok(Received::Message { .. })));
     let thief = UnixStream::from(stream.as_fd().try_clone_to_owned().expect("a duplicate"));
     (&thief).read_exact(&mut vec![0; update().len()]).expect("stolen");
-    assert!(matches!(stream.receive(), Err(StreamError::Receive(_))));
+    would_block(&mut stream);
+    assert!(matches!(stream.put_away(), Err(StreamError::Receive(_))));
+    assert!(matches!(stream.receive(), Err(StreamError::Broken)));
 }
 
 #[test]

@@ -49,6 +49,11 @@ impl BackEnd {
         Ok(self.stream.flush()?)
     }
 
+    /// Nothing is expected soon: acknowledgements that were read are taken from the socket. An error ends the channel.
+    pub(crate) fn put_away(&mut self) -> Result<(), BackEndError> {
+        Ok(self.stream.put_away()?)
+    }
+
     /// Whether the poller has to be told anew if room for misses matters, and what.
     pub(crate) fn room_matters(&mut self) -> Option<bool> {
         let wanted = self.stream.wants_write();

@@ -202,7 +202,11 @@ impl EventLoop {
     /// Waits for what is to be done next: polls or sleeps.
     fn wait(&mut self, ready: &mut Vec<Ready>) -> Result<(), ServerError> {
         self.watch_room();
-        let idle = if self.busy { Idle::PollAll } else { self.pace.idle(now_ns()) };
+        let now = now_ns();
+        let idle = if self.busy { Idle::PollAll } else { self.pace.idle(now) };
+        if idle == Idle::Sleep || self.pace.rests(now) {
+            self.put_away();
+        }
         match idle {
             Idle::Poll | Idle::PollAll => {
                 if !self.busy {
@@ -219,8 +223,8 @@ impl EventLoop {
                     self.poller.wait(false, ready).map_err(loop_error("wait"))?;
                 }
             }
-            // Once more around, to see the end if it lies behind what was kept.
-            Idle::Sleep if self.puts_away() => ready.clear(),
+            // Something to tell came up just now.
+            Idle::Sleep if self.busy => ready.clear(),
             Idle::Sleep => {
                 let sleep = self.prepare_sleep()?;
                 self.poller.wait(sleep, ready).map_err(loop_error("wait"))?;
@@ -232,10 +236,17 @@ impl EventLoop {
         Ok(())
     }
 
-    /// Whether the front-end has to be looked at once more before the loop may sleep. While no request may be read,
-    /// what was kept stays: the answer to it is not out.
-    fn puts_away(&mut self) -> bool {
-        self.device.accepts_requests() && self.front_end.as_mut().is_some_and(FrontEnd::put_away)
+    /// Takes what was read from the front-end's sockets: while much is expected it is left there.
+    fn put_away(&mut self) {
+        if let Some(front_end) = &mut self.front_end {
+            front_end.put_away();
+            self.busy |= front_end.has_bad_news();
+        }
+        let over = self.back_end.as_mut().and_then(|back_end| back_end.put_away().err());
+        if let Some(error) = over {
+            self.back_end_lost(&error.to_string());
+            self.busy = true;
+        }
     }
 
     /// Has room for output reported where something waits for it, and only there.
@@ -292,7 +303,7 @@ impl EventLoop {
             Token::FrontEndListener => self.front_end_waits(),
             Token::FrontEnd => {
                 if let Some(front_end) = &mut self.front_end {
-                    front_end.ready(event.hung_up, event.ending);
+                    front_end.ready(event.hung_up);
                 }
             }
             Token::BackEnd => self.read_back_end(),

@@ -48,8 +48,6 @@ pub(crate) struct FrontEnd {
     readable: bool,
     /// Nobody hears replies any more.
     hung_up: bool,
-    /// No requests will come behind those that have come.
-    ending: bool,
     /// Replies wait, and the poller was asked to report room for them.
     waits_for_room: bool,
     lost: Lost,
@@ -78,33 +76,28 @@ pub(crate) enum Incoming {
 
 impl FrontEnd {
     fn new(stream: MessageStream) -> FrontEnd {
-        FrontEnd { stream, readable: true, hung_up: false, ending: false, waits_for_room: false, lost: Lost::No }
+        FrontEnd { stream, readable: true, hung_up: false, waits_for_room: false, lost: Lost::No }
     }
 
     /// The loop saw something happen.
-    pub(crate) fn ready(&mut self, hung_up: bool, ending: bool) {
+    pub(crate) fn ready(&mut self, hung_up: bool) {
         self.readable = true;
         self.hung_up |= hung_up;
-        self.ending |= ending;
-        if ending {
-            self.stream.keep_answered(false);
-        }
         self.flush();
     }
 
     /// Somebody polls: whether something is there is seen by reading.
     pub(crate) fn look(&mut self) {
         self.readable = true;
-        self.stream.keep_answered(!self.ending);
     }
 
-    /// Nobody polls any more: answered requests are no longer kept in the socket. Returns whether there are any, so
-    /// that [`FrontEnd::next`] has to look once more.
-    pub(crate) fn put_away(&mut self) -> bool {
-        self.stream.keep_answered(false);
-        let kept = self.stream.has_kept() && matches!(self.lost, Lost::No) && !self.stream.has_message();
-        self.readable |= kept;
-        kept
+    /// Nothing is expected soon: requests that were read are taken from the socket.
+    pub(crate) fn put_away(&mut self) {
+        if matches!(self.lost, Lost::No)
+            && let Err(error) = self.stream.put_away()
+        {
+            self.lose(error.to_string());
+        }
     }
 
     /// Whether the poller has to be told anew if room for replies matters, and what.

@@ -73,8 +73,6 @@ pub(crate) struct Ready {
     pub(crate) token: Token,
     /// Both directions are closed: nobody would hear an answer.
     pub(crate) hung_up: bool,
-    /// At least nothing will come any more behind what has come.
-    pub(crate) ending: bool,
 }
 
 /// The set of watched descriptors. All are edge-triggered: an event says that something changed, and whoever stops
@@ -143,8 +141,7 @@ impl Poller {
             // A copy: the kernel packs the structure.
             let flags = event.flags;
             let hung_up = flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR);
-            let ending = hung_up || flags.contains(epoll::EventFlags::RDHUP);
-            ready.push(Ready { token, hung_up, ending });
+            ready.push(Ready { token, hung_up });
         }
         Ok(())
     }

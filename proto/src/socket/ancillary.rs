@@ -129,10 +129,15 @@ fn descriptors(control: &[u64; CONTROL_WORDS], len: usize) -> Vec<OwnedFd> {
 pub(super) fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<usize, Errno> {
     let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&numbers)];
-    let control = if numbers.is_empty() { &[][..] } else { &rights[..] };
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
     loop {
-        match sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], control, flags, None) {
+        let sent = if numbers.is_empty() {
+            // The system has less to look at.
+            nix::sys::socket::send(socket.as_raw_fd(), bytes, flags)
+        } else {
+            sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], &rights, flags, None)
+        };
+        match sent {
             Err(Errno::EINTR) => {}
             other => return other,
         }

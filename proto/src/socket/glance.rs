@@ -3,14 +3,19 @@
 //! What is looked at stays in the socket, so nothing is decided by looking: a message that is not whole yet, too large,
 //! or comes with descriptors is left to be received byte by byte.
 //!
-//! What was handed out stays in the socket too, as long as the caller wishes and there is room to look at more. To take
-//! bytes wakes up a peer that sleeps on its end. A front-end that shares the processor with whoever answers it runs as
-//! soon as it is answered, and sleeps again, behind its next message, before the last one could be taken.
+//! What was handed out stays in the socket too, until the caller puts it away or much has come together. To take bytes
+//! wakes up a peer that sleeps on its end. A front-end that shares the processor with whoever answers it runs as soon as
+//! it is answered, and sleeps again, behind its next message, before the last one could be taken.
+//!
+//! The system keeps the place up to which bytes were looked at (`SO_PEEK_OFF`, socket(7)): a look brings only what is
+//! new, and costs the same however much was handed out. That place counts from the first byte in the socket, and moves
+//! with what is looked at and with what is taken. Invariant between calls: it is [`Glance::seen`].
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{MsgFlags, SetSockOpt, recv};
+use nix::{setsockopt_impl, sockopt_impl};
 
 use super::ancillary;
 use crate::vhost_user::header::{HEADER_LEN, Header, HeaderError, Incoming};
@@ -18,34 +23,50 @@ use crate::vhost_user::iotlb::IOTLB_LEN;
 
 /// Bytes of most messages: those that are looked at one by one while a session lasts.
 const MESSAGE_LEN: usize = HEADER_LEN + IOTLB_LEN;
-/// Bytes looked at: a front-end that sends many IOTLB messages in one go, or one after the other without a pause, has
-/// this many of them handed out before any is taken. All are looked at anew each time, so more would cost more.
-const GLANCE_MAX: usize = 16 * MESSAGE_LEN;
+/// Messages that are handed out before any is taken. Each takes up some 768 bytes of what the peer's end may hold, by
+/// default 212,992, and that end counts as writable while three quarters of it are free: so with this many it still is.
+const KEPT_MAX: usize = 32;
+/// Bytes looked at before they are taken.
+const GLANCE_MAX: usize = KEPT_MAX * MESSAGE_LEN;
+
+sockopt_impl!(
+    /// Where the next look begins.
+    PeekOffset, SetOnly, libc::SOL_SOCKET, libc::SO_PEEK_OFF, i32
+);
 
 /// What is in the socket, and how much of it was handed out.
 #[derive(Debug)]
 pub(super) struct Glance {
     bytes: [u8; GLANCE_MAX],
+    /// Bytes looked at, from the first in the socket.
     seen: usize,
+    /// How many of these were handed out.
     handed_out: usize,
+    /// And as how many messages.
+    messages: usize,
 }
 
-/// What is in the socket.
-enum Seen {
-    /// Bytes, or the end.
-    Bytes,
-    /// Bytes with something that comes with them.
-    Descriptors,
+/// What one look brought.
+enum Look {
+    /// More than was seen before.
+    More,
+    /// Something that more than bytes belong to, or the end: not to be looked at.
+    Other,
+    /// Nothing new.
     Nothing,
 }
 
-impl Default for Glance {
-    fn default() -> Glance {
-        Glance { bytes: [0; GLANCE_MAX], seen: 0, handed_out: 0 }
-    }
-}
-
 impl Glance {
+    /// For a socket that nobody has looked into yet.
+    ///
+    /// # Errors
+    ///
+    /// The system does not keep the place: nothing can be looked at.
+    pub(super) fn new(socket: BorrowedFd<'_>) -> Result<Glance, Errno> {
+        look_from(socket, 0)?;
+        Ok(Glance { bytes: [0; GLANCE_MAX], seen: 0, handed_out: 0, messages: 0 })
+    }
+
     /// The next whole message, if one was seen. It counts as handed out.
     pub(super) fn next(&mut self, incoming: Incoming) -> Result<Option<(Header, Vec<u8>)>, HeaderError> {
         let Some((head, rest)) = self.rest().split_first_chunk::<HEADER_LEN>() else { return Ok(None) };
@@ -53,6 +74,7 @@ impl Glance {
         let Some(payload) = rest.get(..header.size as usize) else { return Ok(None) };
         let payload = payload.to_vec();
         self.handed_out += HEADER_LEN + payload.len();
+        self.messages += 1;
         Ok(Some((header, payload)))
     }
 
@@ -64,36 +86,24 @@ impl Glance {
     }
 
     /// Looks at what is there, behind what was handed out. Nothing is seen of what may have descriptors with it, nor of
-    /// the end.
-    ///
-    /// Where nothing follows, what was handed out is taken; with `keep` it stays, and the answer is `EAGAIN`.
-    pub(super) fn look(&mut self, socket: BorrowedFd<'_>, keep: bool) -> Result<(), Errno> {
-        if GLANCE_MAX - self.handed_out < MESSAGE_LEN {
+    /// the end: that is taken which was handed out, and [`Glance::next`] has no message.
+    pub(super) fn look(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
+        // What was seen in part is looked at from its start, where there is room for all of it.
+        let is_cut = self.seen > self.handed_out;
+        if is_cut || self.messages >= KEPT_MAX || GLANCE_MAX - self.seen < MESSAGE_LEN {
             self.take(socket)?;
         }
-        if self.handed_out > 0 {
-            match self.peek(socket)? {
-                Seen::Bytes if self.seen > self.handed_out => return Ok(()),
-                Seen::Bytes if self.seen == self.handed_out && keep => return Err(Errno::EAGAIN),
-                // Somebody else has taken the bytes that were seen here: framing is lost.
-                Seen::Nothing => return Err(Errno::EPROTO),
-                Seen::Bytes | Seen::Descriptors => self.take(socket)?,
-            }
-        }
         match self.peek(socket)? {
-            Seen::Bytes | Seen::Descriptors => Ok(()),
-            Seen::Nothing => Err(Errno::EAGAIN),
+            Look::More => Ok(()),
+            Look::Other => self.take(socket),
+            Look::Nothing => Err(Errno::EAGAIN),
         }
-    }
-
-    /// Whether some of what was handed out is still in the socket.
-    pub(super) fn is_kept(&self) -> bool {
-        self.handed_out > 0
     }
 
     /// Takes what was handed out from the socket. Nothing counts as seen then.
     pub(super) fn take(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
-        self.seen = 0;
+        let looks_ahead = self.seen > self.handed_out;
+        (self.seen, self.messages) = (0, 0);
         while self.handed_out > 0 {
             // Into the same place: what was seen is of no more use. No room for descriptors: there are none with these
             // bytes, and if somebody else has read from the socket meanwhile, those that come instead are dropped.
@@ -102,23 +112,27 @@ impl Glance {
                 Ok(0) => return Err(Errno::ECONNRESET),
                 Ok(count) => self.handed_out -= count.min(self.handed_out),
                 Err(Errno::EINTR) => {}
-                // As in `look`.
+                // Somebody else has taken the bytes that were seen here: framing is lost.
                 Err(Errno::EAGAIN) => return Err(Errno::EPROTO),
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        if looks_ahead { look_from(socket, 0) } else { Ok(()) }
     }
 
-    fn peek(&mut self, socket: BorrowedFd<'_>) -> Result<Seen, Errno> {
-        self.seen = 0;
-        match ancillary::peek(socket, &mut self.bytes) {
-            Ok((_, true)) => Ok(Seen::Descriptors),
-            Ok((count, false)) => {
-                self.seen = count;
-                Ok(Seen::Bytes)
+    fn peek(&mut self, socket: BorrowedFd<'_>) -> Result<Look, Errno> {
+        match ancillary::peek(socket, &mut self.bytes[self.seen..]) {
+            Ok((count, false)) if count > 0 => {
+                self.seen += count;
+                Ok(Look::More)
             }
-            Err(Errno::EAGAIN) => Ok(Seen::Nothing),
+            Ok((count, _)) => {
+                if count > 0 {
+                    look_from(socket, self.seen)?;
+                }
+                Ok(Look::Other)
+            }
+            Err(Errno::EAGAIN) => Ok(Look::Nothing),
             Err(error) => Err(error),
         }
     }
@@ -126,4 +140,10 @@ impl Glance {
     fn rest(&self) -> &[u8] {
         &self.bytes[self.handed_out.min(self.seen)..self.seen]
     }
+}
+
+/// Has the next look begin behind the first `bytes` bytes in the socket.
+fn look_from(socket: BorrowedFd<'_>, bytes: usize) -> Result<(), Errno> {
+    // GLANCE_MAX at most.
+    PeekOffset.set(&socket, &i32::try_from(bytes).unwrap_or(i32::MAX))
 }

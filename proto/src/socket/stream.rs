@@ -5,9 +5,10 @@
 //! any of these bytes are the message's.
 //!
 //! Small messages without descriptors, which is nearly all of them for hours, go another way: the socket's content is
-//! looked at without being taken (`glance`), handed out message by message, and taken when nothing more follows. That
-//! is less work, and it has the answer sent *before* the question is taken: to take bytes out of a Unix socket wakes up
-//! a peer that sleeps on it, as there is room now, and a peer that waits for an answer would wake up in vain.
+//! looked at without being taken (`glance`), handed out message by message, and taken when much has come together, or
+//! when the caller has nothing else to do ([`MessageStream::put_away`]). That is less work, and it has the answer sent
+//! *before* the question is taken: to take bytes out of a Unix socket wakes up a peer that sleeps on it, as there is
+//! room now, and a peer that waits for an answer would wake up in vain.
 //!
 //! Messages out are sent at once, or put together ([`MessageStream::put`]) and sent in one go: to wake up a peer costs
 //! more than to send it another message.
@@ -151,9 +152,8 @@ struct Unsent {
 pub struct MessageStream {
     fd: OwnedFd,
     incoming: Incoming,
-    glance: Glance,
-    /// See [`MessageStream::keep_answered`].
-    keeps: bool,
+    /// `None`: the system cannot show what is in the socket and keep the place. Then each message is received by itself.
+    glance: Option<Glance>,
     partial: Partial,
     outgoing: VecDeque<Unsent>,
     outgoing_bytes: usize,
@@ -183,10 +183,9 @@ impl MessageStream {
 
     fn new(fd: OwnedFd, incoming: Incoming) -> MessageStream {
         MessageStream {
+            glance: Glance::new(fd.as_fd()).ok(),
             fd,
             incoming,
-            glance: Glance::default(),
-            keeps: false,
             partial: Partial::default(),
             outgoing: VecDeque::new(),
             outgoing_bytes: 0,
@@ -207,46 +206,55 @@ impl MessageStream {
         }
         let result = self.receive_step();
         if result.is_err() {
-            self.broken = true;
-            self.glance = Glance::default();
-            self.partial = Partial::default();
+            self.give_up();
         }
         result
     }
 
-    /// Whether small messages stay in the socket after [`MessageStream::receive`] returned them, until some 16 are
-    /// there. For somebody who polls: taking them one by one would wake up, in vain, a peer that sleeps for its next
-    /// answer. Meanwhile the end of the connection is not seen behind them, so who goes to sleep, or hears of the end,
-    /// is to switch this off and to receive until [`Received::WouldBlock`]. Off at first.
-    pub fn keep_answered(&mut self, keep: bool) {
-        self.keeps = keep;
+    fn give_up(&mut self) {
+        self.broken = true;
+        self.glance = None;
+        self.partial = Partial::default();
     }
 
-    /// Whether messages that were returned are still in the socket.
-    #[must_use]
-    pub fn has_kept(&self) -> bool {
-        self.glance.is_kept()
+    /// Takes from the socket what [`MessageStream::receive`] has returned already and left there. To be called before
+    /// waiting for long: a peer whose socket has little room could wait for it in vain. And before waiting for input
+    /// with anything that is not edge-triggered, which would report what is left.
+    ///
+    /// # Errors
+    ///
+    /// As [`MessageStream::receive`].
+    pub fn put_away(&mut self) -> Result<(), StreamError> {
+        let Some(glance) = &mut self.glance else { return Ok(()) };
+        // What was seen and not returned yet is seen again.
+        let taken = glance.take(self.fd.as_fd()).map_err(|error| StreamError::Receive(error.into()));
+        if taken.is_err() {
+            self.give_up();
+        }
+        taken
     }
 
     /// Whether [`MessageStream::receive`] has a message without asking the system.
     #[must_use]
     pub fn has_message(&self) -> bool {
-        self.glance.has_message(self.incoming)
+        self.glance.as_ref().is_some_and(|glance| glance.has_message(self.incoming))
     }
 
     fn receive_step(&mut self) -> Result<Received, StreamError> {
-        if self.partial.bytes() == 0 {
-            if let Some((header, payload)) = self.glance.next(self.incoming)? {
+        if self.partial.bytes() == 0
+            && let Some(glance) = &mut self.glance
+        {
+            if let Some((header, payload)) = glance.next(self.incoming)? {
                 return Ok(Received::Message { header, payload, fds: Vec::new() });
             }
-            if let Some(end) = unseen(self.glance.look(self.fd.as_fd(), self.keeps))? {
+            if let Some(end) = unseen(glance.look(self.fd.as_fd()))? {
                 return Ok(end);
             }
-            if let Some((header, payload)) = self.glance.next(self.incoming)? {
+            if let Some((header, payload)) = glance.next(self.incoming)? {
                 return Ok(Received::Message { header, payload, fds: Vec::new() });
             }
             // What was handed out lies before what comes byte by byte.
-            if let Some(end) = unseen(self.glance.take(self.fd.as_fd()))? {
+            if let Some(end) = unseen(glance.take(self.fd.as_fd()))? {
                 return Ok(end);
             }
         }
@@ -308,6 +316,7 @@ impl MessageStream {
                 Received::Message { header, payload, fds } => return Ok((header, payload, fds)),
                 Received::Closed => return Err(StreamError::Closed),
                 Received::WouldBlock => {
+                    self.put_away()?;
                     if !ancillary::wait(self.fd.as_fd(), PollFlags::POLLIN, timeout_ms).map_err(StreamError::Receive)? {
                         return Err(StreamError::TimedOut { timeout_ms });
                     }
@@ -463,7 +472,9 @@ fn closed(partial: &Partial) -> Result<Received, StreamError> {
 impl Drop for MessageStream {
     fn drop(&mut self) {
         // A peer whose messages were not taken would see a reset instead of an end. An Err changes nothing.
-        let _ = self.glance.take(self.fd.as_fd());
+        if let Some(glance) = &mut self.glance {
+            let _ = glance.take(self.fd.as_fd());
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! How the end of a front-end's connection looks from its side.
+//! A front-end's connection from its side, while answered requests are left in the socket: its end, and little room.
 
 mod server_support;
 
@@ -46,6 +46,18 @@ fn a_daemon_that_stops_closes_without_an_error() {
     let main = main_channel(&front_end);
     server.stop();
     assert_eq!(next(&main), Ok(0), "answered requests are no reason to reset the connection");
+}
+
+#[test]
+fn a_front_end_with_little_room_in_its_socket_is_served() {
+    let _watchdog = watchdog();
+    let (server, mut front_end) = polling();
+    // As little as the system allows: a handful of messages.
+    nix::sys::socket::setsockopt(&main_channel(&front_end), nix::sys::socket::sockopt::SndBuf, &1).expect("SO_SNDBUF");
+    for _ in 0..100 {
+        front_end.push_update(IOVA).expect("room, and an acknowledgement");
+    }
+    server.stop();
 }
 
 #[test]
