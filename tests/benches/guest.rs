@@ -4,7 +4,8 @@
 //! build directory. Needs what `tests/guest.rs` needs.
 //!
 //! An argument limits the run to modes whose name contains it. From the environment: `IOTLBD_GUEST_ROUNDS` guests of
-//! each kind, in turn; `IOTLBD_GUEST_SECONDS` for each of [`REPEATS`] transfers each way in a guest;
+//! each kind, in turn; `IOTLBD_GUEST_SECONDS` for each of [`REPEATS`] transfers each way in a guest; `IOTLBD_GUEST_STREAMS`, connections at a
+//! time;
 //! `IOTLBD_GUEST_WORKER`, another build of `iotlb-net` to be compared; `IOTLBD_GUEST_ONLY`, only contestants whose name
 //! ends with it, the first of them being the reference: to look at one of them closely.
 
@@ -47,7 +48,7 @@ impl Contestant {
     }
 
     /// Boots a guest and measures.
-    fn measure(&self, iommu: Iommu, logs: &Logs, seconds: u32) -> Result<Measured, GuestError> {
+    fn measure(&self, iommu: Iommu, logs: &Logs, load: &checks::Load) -> Result<Measured, GuestError> {
         let _network = Network::new(matches!(self, Contestant::Ours { .. }))?;
         let backend = match self {
             Contestant::Reference => None,
@@ -56,7 +57,7 @@ impl Contestant {
         let socket = backend.as_ref().map(Backend::front_socket);
         let options = MachineOptions { qemu: Qemu::V10, kernel: Kernel::V6_12, iommu, vhost_user: socket.as_deref() };
         let mut machine = Machine::boot(&options, logs)?;
-        let speeds = checks::throughput(&mut machine, logs, seconds, REPEATS)?;
+        let speeds = checks::throughput(&mut machine, logs, load)?;
         let features = machine.run("cat /sys/class/net/eth0/device/features")?;
         machine.power_off()?;
         let figures = backend.map(|backend| backend.end_with_figures(logs)).transpose()?;
@@ -105,7 +106,9 @@ fn main() {
         return;
     }
     let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
-    let (rounds, seconds) = (setting("IOTLBD_GUEST_ROUNDS", ROUNDS), setting("IOTLBD_GUEST_SECONDS", SECONDS));
+    let rounds = setting("IOTLBD_GUEST_ROUNDS", ROUNDS);
+    let (seconds, streams) = (setting("IOTLBD_GUEST_SECONDS", SECONDS), setting("IOTLBD_GUEST_STREAMS", 1));
+    let load = checks::Load { seconds, streams, repeats: REPEATS };
     let mut contestants = vec![
         Contestant::Reference,
         Contestant::Ours { name: "iotlb-net", arguments: &[], worker: None },
@@ -128,7 +131,7 @@ fn main() {
         for round in 0..rounds {
             for (number, contestant) in here.iter().enumerate() {
                 eprintln!("{mode}, round {} of {rounds}: {}", round + 1, contestant.name());
-                match one(contestant, iommu, mode, number, seconds) {
+                match one(contestant, iommu, mode, number, &load) {
                     Ok(measured) => {
                         let ways = measured.speeds.into_iter().zip(&mut speeds[number]);
                         ways.for_each(|(new, all)| all.extend(new));
@@ -183,11 +186,17 @@ fn main() {
 }
 
 /// In a thread of its own: the network namespace is the thread's, and ends with it.
-fn one(contestant: &Contestant, iommu: Iommu, mode: &str, number: usize, seconds: u32) -> Result<Measured, GuestError> {
+fn one(
+    contestant: &Contestant,
+    iommu: Iommu,
+    mode: &str,
+    number: usize,
+    load: &checks::Load,
+) -> Result<Measured, GuestError> {
     std::thread::scope(|scope| {
         let run = scope.spawn(|| {
             let logs = Logs::new(&format!("bench-{mode}-{number}"))?;
-            contestant.measure(iommu, &logs, seconds)
+            contestant.measure(iommu, &logs, load)
         });
         run.join().unwrap_or_else(|_| Err(GuestError::Check("the measuring thread panicked".to_owned())))
     })

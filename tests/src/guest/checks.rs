@@ -163,22 +163,35 @@ fn checksum(data: &mut impl Read) -> io::Result<String> {
 /// # Errors
 /// It fails, or carries nothing.
 pub fn iperf(machine: &mut Machine, logs: &Logs) -> Result<(), GuestError> {
-    for (way, speeds) in ["from the guest", "to the guest"].iter().zip(throughput(machine, logs, IPERF_SECONDS, 1)?) {
+    for (way, speeds) in ["from the guest", "to the guest"].iter().zip(throughput(machine, logs, &Load::default())?) {
         say(&format!("iperf3 {way}: {:.0} Mbit/s", speeds.first().unwrap_or(&0.0)));
     }
     Ok(())
 }
 
-/// What iperf3 carries over TCP, in Mbit/s: from the guest and to the guest in turn, `repeats` times, `seconds` each.
+/// What iperf3 is to do.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    /// How long it sends each way, seconds.
+    pub seconds: u32,
+    /// Transfers each way.
+    pub repeats: usize,
+    /// Connections at a time.
+    pub streams: u32,
+}
+
+impl Default for Load {
+    fn default() -> Load {
+        Load { seconds: IPERF_SECONDS, repeats: 1, streams: 1 }
+    }
+}
+
+/// What iperf3 carries over TCP, in Mbit/s, all connections together: from the guest and to the guest in turn.
 ///
 /// # Errors
 /// It fails, or carries nothing.
-pub fn throughput(
-    machine: &mut Machine,
-    logs: &Logs,
-    seconds: u32,
-    repeats: usize,
-) -> Result<[Vec<f64>; 2], GuestError> {
+pub fn throughput(machine: &mut Machine, logs: &Logs, load: &Load) -> Result<[Vec<f64>; 2], GuestError> {
+    let Load { seconds, repeats, streams } = load;
     let mut speeds = [Vec::new(), Vec::new()];
     let mut command = Command::new("iperf3");
     command.args(["--server", "--forceflush", "--bind", &HOST_ADDRESS.to_string()]);
@@ -189,7 +202,8 @@ pub fn throughput(
     })?;
     for turn in 0..repeats * 2 {
         let (way, option) = [("from the guest", ""), ("to the guest", "--reverse")][turn % 2];
-        let command = format!("/programs/iperf3 --client {HOST_ADDRESS} --time {seconds} --json {option}");
+        let command =
+            format!("/programs/iperf3 --client {HOST_ADDRESS} --time {seconds} --parallel {streams} --json {option}");
         let output = machine.run(&command)?;
         let bits = serde_json::from_str::<serde_json::Value>(&output)
             .ok()
