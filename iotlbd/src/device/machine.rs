@@ -323,6 +323,9 @@ impl Device {
 
     /// Judges the misses that waited for the identity map.
     pub(super) fn release_held(&mut self) {
+        if self.held.is_empty() {
+            return;
+        }
         for ((worker, cell), request) in std::mem::take(&mut self.held) {
             self.miss(worker, cell, request);
         }

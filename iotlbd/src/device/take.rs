@@ -126,8 +126,7 @@ impl Device {
     /// Starts a job; at most one runs, because no request is accepted while it does.
     pub(super) fn start(&mut self, job: Job) {
         debug_assert!(self.job.is_none());
-        self.job = Some(job);
-        self.advance();
+        self.run(job);
     }
 
     pub(super) fn grace_completed(&mut self, epoch: u64) {
@@ -174,25 +173,24 @@ impl Device {
 
     /// Goes on with the job until it is done, waits, or did a slice of work.
     pub(super) fn advance(&mut self) {
-        while let Some(mut job) = self.job.take() {
-            let done = self.step(&mut job);
-            match done {
+        if let Some(job) = self.job.take() {
+            self.run(job);
+        }
+    }
+
+    fn run(&mut self, mut job: Job) {
+        loop {
+            match self.step(&mut job) {
+                Step::Next(stage) => job.stage = stage,
+                Step::Done => return self.finish(job),
+                Step::More => break,
                 Step::Wait => {
                     self.counters.graces_waited += 1;
-                    self.job = Some(job);
-                    return;
+                    break;
                 }
-                Step::More => {
-                    self.job = Some(job);
-                    return;
-                }
-                Step::Next(stage) => {
-                    job.stage = stage;
-                    self.job = Some(job);
-                }
-                Step::Done => self.finish(job),
             }
         }
+        self.job = Some(job);
     }
 
     fn step(&mut self, job: &mut Job) -> Step {

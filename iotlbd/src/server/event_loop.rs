@@ -211,9 +211,8 @@ impl EventLoop {
             Idle::Poll | Idle::PollAll => {
                 if !self.busy {
                     // Whoever the loop waits for may wait for this processor.
-                    let before = now_ns();
                     std::thread::yield_now();
-                    self.pace.yielded(now_ns().saturating_sub(before));
+                    self.pace.yielded(now_ns().saturating_sub(now));
                 }
                 if let Some(front_end) = &mut self.front_end {
                     front_end.look();
