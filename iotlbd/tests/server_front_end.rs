@@ -16,7 +16,8 @@ use server_support::{Running, started_front_end, watchdog};
 
 const IOVA: u64 = 0x10_0000;
 
-/// A server that never sleeps, so that it leaves answered requests in the socket, and a front-end some of whose messages were answered just now.
+/// A server that never sleeps, so that it leaves answered requests in the socket, and a front-end some of whose
+/// messages were answered just now.
 fn polling() -> (Running, FrontEnd) {
     let server = Running::start_with(|config| config.busy_poll = true);
     let mut front_end = started_front_end(&server.front_end());

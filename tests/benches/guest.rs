@@ -4,10 +4,10 @@
 //! build directory. Needs what `tests/guest.rs` needs.
 //!
 //! An argument limits the run to modes whose name contains it. From the environment: `IOTLBD_GUEST_ROUNDS` guests of
-//! each kind, in turn; `IOTLBD_GUEST_SECONDS` for each of [`REPEATS`] transfers each way in a guest; `IOTLBD_GUEST_STREAMS`, connections at a
-//! time;
-//! `IOTLBD_GUEST_WORKER`, another build of `iotlb-net` to be compared; `IOTLBD_GUEST_ONLY`, only contestants whose name
-//! ends with it, the first of them being the reference: to look at one of them closely.
+//! each kind, in turn; `IOTLBD_GUEST_SECONDS` for each of [`REPEATS`] transfers each way in a guest;
+//! `IOTLBD_GUEST_STREAMS`, connections at a time; `IOTLBD_GUEST_WORKER`, another build of `iotlb-net` to be compared;
+//! `IOTLBD_GUEST_ONLY`, only contestants whose name ends with it, the first of them being the reference: to look at one
+//! of them closely.
 
 use std::path::PathBuf;
 

@@ -3,9 +3,9 @@
 //! What is looked at stays in the socket, so nothing is decided by looking: a message that is not whole yet, too large,
 //! or comes with descriptors is left to be received byte by byte.
 //!
-//! What was handed out stays in the socket too, until the caller puts it away or much has come together. To take bytes
-//! wakes up a peer that sleeps on its end. A front-end that shares the processor with whoever answers it runs as soon as
-//! it is answered, and sleeps again, behind its next message, before the last one could be taken.
+//! What was handed out stays in the socket too, until the caller puts it away or much has come together. To take
+//! bytes wakes up a peer that sleeps on its end. A front-end that shares the processor with whoever answers it runs as
+//! soon as it is answered, and sleeps again, behind its next message, before the last one could be taken.
 //!
 //! The system keeps the place up to which bytes were looked at (`SO_PEEK_OFF`, socket(7)): a look brings only what is
 //! new, and costs the same however much was handed out. That place counts from the first byte in the socket, and moves

@@ -152,7 +152,7 @@ struct Unsent {
 pub struct MessageStream {
     fd: OwnedFd,
     incoming: Incoming,
-    /// `None`: the system cannot show what is in the socket and keep the place. Then each message is received by itself.
+    /// `None`: the system cannot show what is in the socket and keep the place, so messages are received one by one.
     glance: Option<Glance>,
     partial: Partial,
     outgoing: VecDeque<Unsent>,

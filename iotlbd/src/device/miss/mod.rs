@@ -24,10 +24,12 @@ use iotlb_proto::worker::{Answer, MissRequest};
 use super::{Action, WorkerId};
 use coverage::pages_of;
 pub(super) use coverage::{Coverage, Translations, coverage};
+use turns::{Owner, Place, Turns};
 
 mod coverage;
 #[cfg(test)]
 mod tests;
+mod turns;
 
 /// Most MISS messages without a reply. A Unix socket of default size holds about 278 unread ones; the front-end reads
 /// them one by one, so more in flight would not be answered sooner.
@@ -41,9 +43,6 @@ const PASSED_OVER: u64 = 1;
 /// A front-end that refuses is asked once more before the worker hears of it: the guest may have mapped the page just
 /// then.
 const DENIALS_NEEDED: u8 = 2;
-
-/// Whose turn it is: `None` is the device itself, which asks for ring pages.
-type Owner = Option<WorkerId>;
 
 /// A worker's miss, or a ring page wanted by the device itself.
 #[derive(Debug)]
@@ -79,8 +78,8 @@ struct Interest {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// Waits for its turn, in the queue of `owner`.
-    Queued { owner: Owner, order: u64 },
+    /// Waits for its turn.
+    Queued(Place),
     /// The message with this number is out.
     Sent { number: u64 },
 }
@@ -116,13 +115,11 @@ pub(super) struct Misses {
     /// The device's own waiters, by page.
     own: BTreeMap<u64, u64>,
     pages: BTreeMap<u64, PageMiss>,
-    queues: BTreeMap<Owner, BTreeSet<(u64, u64)>>,
-    served_last: Option<Owner>,
+    turns: Turns,
     flights: VecDeque<Flight>,
     /// Pages that were sent without asking for a reply, because the front-end does not give any.
     silent: BTreeSet<u64>,
     next_waiter: u64,
-    next_order: u64,
     /// Messages sent so far; the number of the last.
     sent: u64,
     /// When the last page came that was asked for.
@@ -150,12 +147,10 @@ impl Misses {
             by_cell: BTreeMap::new(),
             own: BTreeMap::new(),
             pages: BTreeMap::new(),
-            queues: BTreeMap::new(),
-            served_last: None,
+            turns: Turns::default(),
             flights: VecDeque::new(),
             silent: BTreeSet::new(),
             next_waiter: 0,
-            next_order: 0,
             sent: 0,
             came_ns: 0,
             // Grows with the times that come: an idle device has none.
@@ -264,7 +259,7 @@ impl Misses {
     fn note_time(&mut self, pages: &[u64], now_ns: u64) {
         let sent = pages.iter().find_map(|page| match self.pages.get(page)?.state {
             State::Sent { number } => self.flights.iter().find(|f| f.number == number).map(|f| f.sent_ns),
-            State::Queued { .. } => None,
+            State::Queued(_) => None,
         });
         if let Some(sent_ns) = sent {
             // An Err cannot be: it grows up to any number.
@@ -334,28 +329,13 @@ impl Misses {
     pub(super) fn pump<T: Translations>(&mut self, to: &mut Surroundings<'_, T>) {
         let mut unreplied = 0;
         while self.flights.len() + self.silent.len() < IN_FLIGHT_MAX {
-            let Some(page) = self.take_turn() else { break };
+            let Some(page) = self.turns.next() else { break };
             unreplied += 1;
-            let last = self.queues.is_empty() || self.flights.len() + self.silent.len() + 1 == IN_FLIGHT_MAX;
+            let last = self.turns.is_empty() || self.flights.len() + self.silent.len() + 1 == IN_FLIGHT_MAX;
             if self.send(page, last || unreplied == REPLY_EVERY, to) {
                 unreplied = 0;
             }
         }
-    }
-
-    /// The next page in turn, taken out of its queue.
-    fn take_turn(&mut self) -> Option<u64> {
-        let after = self.served_last.and_then(|last| {
-            self.queues.range((std::ops::Bound::Excluded(last), std::ops::Bound::Unbounded)).next().map(|(o, _)| *o)
-        });
-        let owner = after.or_else(|| self.queues.first_key_value().map(|(o, _)| *o))?;
-        let queue = self.queues.get_mut(&owner)?;
-        let (_, page) = queue.pop_first()?;
-        if queue.is_empty() {
-            self.queues.remove(&owner);
-        }
-        self.served_last = Some(owner);
-        Some(page)
     }
 
     /// Asks for a page, and for a reply if `ends_batch` or the page needs one of its own; returns whether it did the
@@ -497,10 +477,7 @@ impl Misses {
                 entry.waiters.push(interest);
                 continue;
             }
-            let order = self.next_order;
-            self.next_order += 1;
-            self.queues.entry(owner).or_default().insert((order, page));
-            let state = State::Queued { owner, order };
+            let state = State::Queued(self.turns.join(owner, page));
             self.pages.insert(page, PageMiss { state, apart: false, waiters: vec![interest] });
         }
     }
@@ -509,22 +486,14 @@ impl Misses {
     fn requeue(&mut self, page: u64) {
         let Some(entry) = self.pages.get_mut(&page) else { return };
         self.silent.remove(&page);
-        if let State::Queued { owner, order } = entry.state
-            && let Some(queue) = self.queues.get_mut(&owner)
-        {
-            queue.remove(&(order, page));
-            if queue.is_empty() {
-                self.queues.remove(&owner);
-            }
+        if let State::Queued(place) = entry.state {
+            self.turns.leave(place, page);
         }
         let Some(owner) = entry.waiters.first().and_then(|i| self.waiters.get(&i.waiter)).map(Waiter::owner) else {
             self.pages.remove(&page);
             return;
         };
-        let order = self.next_order;
-        self.next_order += 1;
-        entry.state = State::Queued { owner, order };
-        self.queues.entry(owner).or_default().insert((order, page));
+        entry.state = State::Queued(self.turns.join(owner, page));
     }
 
     /// Takes a waiter off a page, and drops the page when it was the last.
@@ -533,9 +502,10 @@ impl Misses {
         entry.waiters.retain(|i| i.waiter != id);
         let keeps_owner = match entry.state {
             State::Sent { .. } => !entry.waiters.is_empty(),
-            State::Queued { owner, .. } => {
-                entry.waiters.iter().any(|i| self.waiters.get(&i.waiter).is_some_and(|waiter| waiter.owner() == owner))
-            }
+            State::Queued(place) => entry
+                .waiters
+                .iter()
+                .any(|i| self.waiters.get(&i.waiter).is_some_and(|waiter| waiter.owner() == place.owner())),
         };
         if !keeps_owner {
             self.requeue(page);

@@ -154,15 +154,16 @@ fn check(misses: &Misses) {
             assert_eq!(interest, 1, "page {page:#x} knows its waiter");
         }
     }
-    let queued: BTreeSet<u64> = misses.queues.values().flatten().map(|(_, page)| *page).collect();
-    assert_eq!(queued.len(), misses.queues.values().map(BTreeSet::len).sum::<usize>(), "a page is queued twice");
+    let places = misses.turns.all();
+    let queued: BTreeSet<u64> = places.iter().map(|(_, page)| *page).collect();
+    assert_eq!(queued.len(), places.len(), "a page is queued twice");
     for (page, entry) in &misses.pages {
         assert!(!entry.waiters.is_empty(), "a page that nobody waits for");
         for interest in &entry.waiters {
             assert!(misses.waiters[&interest.waiter].open.contains(page), "a waiter knows its page");
         }
         match entry.state {
-            State::Queued { owner, order } => assert!(misses.queues[&owner].contains(&(order, *page))),
+            State::Queued(place) => assert!(places.contains(&(place, *page))),
             State::Sent { number } => {
                 assert!(!queued.contains(page));
                 let under_way = misses.flights.iter().any(|f| f.number == number) || misses.silent.contains(page);
@@ -171,7 +172,6 @@ fn check(misses: &Misses) {
         }
     }
     assert!(queued.iter().all(|page| misses.pages.contains_key(page)));
-    assert!(misses.queues.values().all(|queue| !queue.is_empty()));
     assert!(misses.flights.len() + misses.silent.len() <= IN_FLIGHT_MAX);
     assert!(misses.flights.back().is_none_or(|flight| flight.replies), "nothing will end the wait for the last");
     assert_eq!(misses.by_cell.len() + misses.own.len(), misses.waiters.len());
@@ -236,7 +236,7 @@ proptest! {
             prop_assert_eq!(due.keys().copied().collect::<Vec<_>>(), asked);
         }
         misses.tick(u64::MAX, &mut actions);
-        prop_assert_eq!((misses.waiters.len(), misses.pages.len(), misses.queues.len()), (0, 0, 0));
+        prop_assert_eq!((misses.waiters.len(), misses.pages.len(), misses.turns.all().len()), (0, 0, 0));
         let late = actions.iter().filter(|a| matches!(a, Action::AnswerMiss { answer: Answer::TimedOut, .. })).count();
         prop_assert_eq!(late, due.len());
     }
