@@ -125,6 +125,7 @@ impl EventLoop {
     pub(super) fn read_back_end(&mut self) {
         let Some(back_end) = &mut self.back_end else { return };
         let (replies, end) = back_end.receive();
+        self.heard_ns = now_ns();
         for value in replies {
             self.device.handle(Event::MissReply { value }, now_ns());
         }

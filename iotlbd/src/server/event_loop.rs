@@ -33,6 +33,9 @@ use crate::log_budget::LogBudget;
 
 /// Front-end requests taken in one round, so that misses and clocks are looked at while a front-end talks on and on.
 const REQUESTS_PER_ROUND: usize = 32;
+/// How long what was read from the front-end may stay in its sockets when nothing follows, whatever else the loop has
+/// to do. About as long as the loop polls: after that nobody is likely to be woken up in vain.
+const LEFT_NS: u64 = 50_000;
 
 /// Everything the server owns.
 #[derive(Debug)]
@@ -66,6 +69,8 @@ pub(crate) struct EventLoop {
     /// Answered misses whose threads sleep. They are woken up when the front-end has got its answers: they wait for
     /// this one page, and all else in the guest may wait for the front-end.
     pub(super) sleepers: Vec<(WorkerId, u16)>,
+    /// When the front-end's last message was read, on either channel.
+    pub(super) heard_ns: u64,
     /// More is to be done than this round did: do not sleep.
     pub(super) busy: bool,
     /// This round had something to do.
@@ -154,6 +159,7 @@ impl EventLoop {
             done: false,
             figures: Figures::new(config.stats),
             sleepers: Vec::new(),
+            heard_ns: 0,
             busy: false,
             worked: false,
             pace,
@@ -204,7 +210,7 @@ impl EventLoop {
         self.watch_room();
         let now = now_ns();
         let idle = if self.busy { Idle::PollAll } else { self.pace.idle(now) };
-        if idle == Idle::Sleep || self.pace.rests(now) {
+        if idle == Idle::Sleep || now.saturating_sub(self.heard_ns) > LEFT_NS {
             self.put_away();
         }
         match idle {
@@ -408,6 +414,7 @@ impl EventLoop {
             }
         };
         let now = now_ns();
+        self.heard_ns = now;
         match &event {
             Event::Request { request: Request::GetVringBase { .. }, .. } => self.note_progress(),
             Event::Request { request: Request::Iotlb(message), .. } if message.kind == IotlbKind::Invalidate => {

@@ -93,9 +93,7 @@ impl FrontEnd {
 
     /// Nothing is expected soon: requests that were read are taken from the socket.
     pub(crate) fn put_away(&mut self) {
-        if matches!(self.lost, Lost::No)
-            && let Err(error) = self.stream.put_away()
-        {
+        if let Err(error) = self.stream.put_away() {
             self.lose(error.to_string());
         }
     }

@@ -101,11 +101,6 @@ impl Pace {
         if self.rounds.is_multiple_of(LOOK_EVERY) { Idle::PollAll } else { Idle::Poll }
     }
 
-    /// Whether there has been nothing to do for so long that nothing is expected soon.
-    pub(crate) fn rests(&self, now_ns: u64) -> bool {
-        self.idle_since_ns.is_some_and(|since| now_ns.saturating_sub(since) > WINDOW_MAX_NS)
-    }
-
     fn polled_in_vain(&mut self) {
         self.window_ns /= 2;
         if self.window_ns < WINDOW_MIN_NS {

@@ -9,13 +9,14 @@
 //!
 //! The system keeps the place up to which bytes were looked at (`SO_PEEK_OFF`, socket(7)): a look brings only what is
 //! new, and costs the same however much was handed out. That place counts from the first byte in the socket, and moves
-//! with what is looked at and with what is taken. Invariant between calls: it is [`Glance::seen`].
+//! with what is looked at and with what is taken. Invariant between calls, as long as nobody else uses the socket: it
+//! is [`Glance::seen`].
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, SetSockOpt, recv};
-use nix::{setsockopt_impl, sockopt_impl};
+use nix::sys::socket::{GetSockOpt, MsgFlags, SetSockOpt, recv};
+use nix::{getsockopt_impl, setsockopt_impl, sockopt_impl};
 
 use super::ancillary;
 use crate::vhost_user::header::{HEADER_LEN, Header, HeaderError, Incoming};
@@ -23,15 +24,16 @@ use crate::vhost_user::iotlb::IOTLB_LEN;
 
 /// Bytes of most messages: those that are looked at one by one while a session lasts.
 const MESSAGE_LEN: usize = HEADER_LEN + IOTLB_LEN;
-/// Messages that are handed out before any is taken. Each takes up some 768 bytes of what the peer's end may hold, by
-/// default 212,992, and that end counts as writable while three quarters of it are free: so with this many it still is.
+/// Messages that are handed out before any is taken; of those without payload one look may bring more. Each takes up
+/// some 768 bytes of what the peer's end may hold, by default 212,992, and that end counts as writable while three
+/// quarters of it are free: so with this many it still is.
 const KEPT_MAX: usize = 32;
 /// Bytes looked at before they are taken.
 const GLANCE_MAX: usize = KEPT_MAX * MESSAGE_LEN;
 
 sockopt_impl!(
     /// Where the next look begins.
-    PeekOffset, SetOnly, libc::SOL_SOCKET, libc::SO_PEEK_OFF, i32
+    PeekOffset, Both, libc::SOL_SOCKET, libc::SO_PEEK_OFF, i32
 );
 
 /// What is in the socket, and how much of it was handed out.
@@ -64,6 +66,10 @@ impl Glance {
     /// The system does not keep the place: nothing can be looked at.
     pub(super) fn new(socket: BorrowedFd<'_>) -> Result<Glance, Errno> {
         look_from(socket, 0)?;
+        // To believe a system that accepts everything would mean to read each message again and again.
+        if PeekOffset.get(&socket)? != 0 {
+            return Err(Errno::ENOPROTOOPT);
+        }
         Ok(Glance { bytes: [0; GLANCE_MAX], seen: 0, handed_out: 0, messages: 0 })
     }
 
@@ -145,5 +151,11 @@ impl Glance {
 /// Has the next look begin behind the first `bytes` bytes in the socket.
 fn look_from(socket: BorrowedFd<'_>, bytes: usize) -> Result<(), Errno> {
     // GLANCE_MAX at most.
-    PeekOffset.set(&socket, &i32::try_from(bytes).unwrap_or(i32::MAX))
+    let offset = i32::try_from(bytes).unwrap_or(i32::MAX);
+    loop {
+        match PeekOffset.set(&socket, &offset) {
+            Err(Errno::EINTR) => {}
+            other => return other,
+        }
+    }
 }
