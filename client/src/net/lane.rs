@@ -9,18 +9,12 @@ use iotlb_proto::sync::Ordering;
 use iotlb_proto::table::QueueRecord;
 use iotlb_proto::worker::WorkerSegment;
 
-use crate::queue::vring::{Limits, Miss, MissPlace, MissSet, RingFault, Vring};
-use crate::{Answer, Guard, PinError, Queue, Reader, RequestError, ResolveError, Ticket};
-
-/// How long a miss may take. Below half of the time after which the daemon revokes a stalled reader, although nobody
-/// waits pinned: the ring stands still meanwhile.
-const MISS_TIMEOUT_MS: u32 = 400;
+use super::asked::{Asked, Waited};
+use crate::queue::vring::{Limits, MissPlace, MissSet, RingFault, Vring};
+use crate::{Guard, PinError, Queue, Reader, RequestError, ResolveError};
 
 /// How long a new memory map is waited for at a time.
 const REMAP_TIMEOUT_MS: u32 = 100;
-
-/// Answers waited for at a time, when fewer are needed at once: to be woken for each page costs more than the page.
-const ANSWERS_WAITED_FOR: usize = 16;
 
 /// Pause after a miss that nobody answered: the front-end is busy or gone.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
@@ -78,6 +72,8 @@ pub enum Step {
     Idle,
     /// Something changed; run again soon.
     Again,
+    /// Pages are missing and were asked for: see to what else there is, then [`Lane::wait`].
+    Missing,
     /// The ring takes no packets: stopped, broken, or its tables were denied. A kick or a message from the daemon
     /// ends that.
     Resting,
@@ -111,8 +107,17 @@ pub struct Lane {
     descriptors: Option<u64>,
     kick: Option<Arc<OwnedFd>>,
     reported: Option<Instant>,
-    /// Requests without an answer yet.
-    asked: Vec<(Miss, Ticket)>,
+    asked: Asked,
+    /// What the last run missed, until it was waited for.
+    missing: Option<Missing>,
+}
+
+/// What a run missed, and what it knew of the ring.
+#[derive(Debug)]
+struct Missing {
+    set: MissSet,
+    record: QueueRecord,
+    queue_generation: u64,
 }
 
 impl Lane {
@@ -129,7 +134,8 @@ impl Lane {
             descriptors: None,
             kick: None,
             reported: None,
-            asked: Vec::new(),
+            asked: Asked::default(),
+            missing: None,
         }
     }
 
@@ -177,7 +183,7 @@ impl Lane {
         }
     }
 
-    /// Pins and lets `work` loose on the ring; then, unpinned, sees to what stopped it.
+    /// Pins and lets `work` loose on the ring; then, unpinned, asks for what it missed. Never waits for an answer.
     ///
     /// # Errors
     ///
@@ -194,7 +200,8 @@ impl Lane {
             }
             self.rest = None;
         }
-        self.asked.retain_mut(|(_, ticket)| reader.poll(ticket).is_none());
+        self.missing = None;
+        self.asked.forget_answered(reader);
         let (done, record, queue_generation) = {
             let guard = reader.pin()?;
             let queue_generation = guard.queue_generation();
@@ -246,7 +253,16 @@ impl Lane {
                 self.ready = false;
                 Ok(Step::Resting)
             }
-            Some(RingFault::Miss(set)) => self.resolve(reader, &set, &record, queue_generation),
+            Some(RingFault::Miss(set)) => match self.asked.ask(reader, &set) {
+                Ok(()) => {
+                    self.missing = Some(Missing { set, record, queue_generation });
+                    Ok(Step::Missing)
+                }
+                Err(RequestError::DaemonDead) => Err(Lost::DaemonDead),
+                Err(RequestError::Revoked) => Err(Lost::Revoked),
+                // Full is never said; no miss is empty, wraps or is longer than a cell takes.
+                Err(RequestError::Full | RequestError::Invalid) => Ok(self.pause()),
+            },
         }
     }
 
@@ -270,52 +286,21 @@ impl Lane {
         Step::Later(until)
     }
 
-    /// Asks for all that is missing in one batch, then waits for what the ring needs, and for some of the rest.
+    /// Waits for some of what the last run missed; `None` at once if it missed nothing.
     ///
-    /// Each page is asked for once: a second request that the daemon takes up only after the chain was served and its
-    /// page unmapped would show up as a fault in the guest's log.
-    fn resolve(
-        &mut self,
-        reader: &mut Reader,
-        set: &MissSet,
-        record: &QueueRecord,
-        queue_generation: u64,
-    ) -> Result<Step, Lost> {
-        let new: Vec<Miss> = set.misses.iter().filter(|miss| !self.is_asked(miss)).copied().collect();
-        match reader.request_all(new.iter().map(|miss| (miss.iova, miss.len, miss.access))) {
-            Ok(tickets) => self.asked.extend(new.into_iter().zip(tickets)),
-            Err(RequestError::DaemonDead) => return Err(Lost::DaemonDead),
-            Err(RequestError::Revoked) => return Err(Lost::Revoked),
-            // Full is never said; no miss is empty, wraps or is longer than a cell takes.
-            Err(RequestError::Full | RequestError::Invalid) => return Ok(self.pause()),
-        }
-        let mut waited = false;
-        // From the last on: answers come in order, so this mostly sleeps once.
-        let some = set.required.max(ANSWERS_WAITED_FOR.min(set.misses.len()));
-        for (number, miss) in set.misses[..some].iter().enumerate().rev() {
-            while let Some(at) = self.asked.iter().rposition(|(asked, _)| asked.range().overlaps(miss.range())) {
-                waited = true;
-                let (_, mut ticket) = self.asked.swap_remove(at);
-                match reader.wait(&mut ticket, MISS_TIMEOUT_MS) {
-                    Ok(Answer::Resolved) => {}
-                    Err(ResolveError::DaemonDead) => return Err(Lost::DaemonDead),
-                    Err(ResolveError::Revoked) => return Err(Lost::Revoked),
-                    // It was a wish; when its turn comes it is asked for again.
-                    _ if number >= set.required => {}
-                    // Invalid: memory that cannot be mapped.
-                    Ok(Answer::Denied | Answer::Invalid) => {
-                        return Ok(self.denied(set.place, miss.iova, miss.access, record, queue_generation));
-                    }
-                    Ok(Answer::TimedOut | Answer::Stopped) | Err(_) => return Ok(self.pause()),
-                }
-            }
-        }
-        // Nothing to wait for: other threads have all cells.
-        Ok(if waited { Step::Again } else { self.pause() })
-    }
-
-    fn is_asked(&self, miss: &Miss) -> bool {
-        self.asked.iter().any(|(asked, _)| asked.range().covers(miss.range()) && asked.access.allows(miss.access))
+    /// # Errors
+    ///
+    /// See [`Lost`].
+    pub fn wait(&mut self, reader: &mut Reader) -> Result<Option<Step>, Lost> {
+        let Some(Missing { set, record, queue_generation }) = self.missing.take() else { return Ok(None) };
+        let step = match self.asked.wait(reader, &set) {
+            Ok(Waited::Answered) => Step::Again,
+            Ok(Waited::Denied { iova, access }) => self.denied(set.place, iova, access, &record, queue_generation),
+            Err(ResolveError::DaemonDead) => return Err(Lost::DaemonDead),
+            Err(ResolveError::Revoked) => return Err(Lost::Revoked),
+            Ok(Waited::Nothing | Waited::Unanswered) | Err(_) => self.pause(),
+        };
+        Ok(Some(step))
     }
 
     fn denied(

@@ -15,6 +15,7 @@
 //! A pin never spans I/O: packets are copied between guest and backlog under the pin; the TAP is read and written
 //! after it. Queue numbers are vring indexes: even ones are *guest RX* (the worker fills them), odd ones *guest TX*.
 
+mod asked;
 pub mod backlog;
 pub mod echo;
 pub mod header;

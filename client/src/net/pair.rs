@@ -98,7 +98,8 @@ impl Next {
         match step {
             Step::Again => Next::Now,
             Step::Later(time) => Next::At(time),
-            Step::Idle | Step::Resting => Next::Event,
+            // Missing: the answers are waited for by `Pair::wait`.
+            Step::Idle | Step::Resting | Step::Missing => Next::Event,
         }
     }
 }
@@ -167,7 +168,7 @@ impl Pair {
         self.writable |= writable;
     }
 
-    /// Moves what can be moved, in both directions, in bursts.
+    /// Moves what can be moved, in both directions, in bursts. What is missing is asked for, and not waited for.
     ///
     /// # Errors
     ///
@@ -183,6 +184,21 @@ impl Pair {
             next = next.earlier(self.serve_rx(reader, segment)?);
         }
         Ok(next)
+    }
+
+    /// Waits for what one of the queues missed; `None` at once if none did. When there is nothing else to do: packets
+    /// that are complete have left, and all that is missing was asked for.
+    ///
+    /// # Errors
+    ///
+    /// See [`PairError`].
+    pub fn wait(&mut self, reader: &mut Reader) -> Result<Option<Next>, PairError> {
+        for lane in self.lanes() {
+            if let Some(step) = lane.wait(reader)? {
+                return Ok(Some(Next::of(step)));
+            }
+        }
+        Ok(None)
     }
 
     /// A new session is another guest, or the same one booted again: packets of the old one are not for it.

@@ -212,6 +212,15 @@ fn attach_and_serve(options: &Options, signals: &Signals, pairs: &mut BTreeMap<u
         for pair in pairs.values_mut() {
             next = next.earlier(pair.serve(&mut reader, attachment.segment())?);
         }
+        if next != Next::Now {
+            // For one only: what came may let the others go on as well.
+            for pair in pairs.values_mut() {
+                if let Some(waited) = pair.wait(&mut reader)? {
+                    next = next.earlier(waited);
+                    break;
+                }
+            }
+        }
         let waiting = !pairs.values().all(Pair::ready);
         let tick = if waiting { TICK_WAITING } else { TICK_SERVING };
         // Descriptors may come without a message where the daemon is older or busy; a tick looks for them too.

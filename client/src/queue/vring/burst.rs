@@ -263,6 +263,7 @@ impl<'g, M: RingMemory + ?Sized> Burst<'g, M> {
         if self.load_avail().is_err() {
             return;
         }
+        misses.seal();
         let behind = self.state.avail_seen.wrapping_sub(position).saturating_sub(1);
         let mut bytes = parts.writable_len + parts.readable_len;
         for step in 1..=behind.min(self.limits.lookahead) {

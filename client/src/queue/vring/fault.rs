@@ -153,6 +153,8 @@ pub enum RingFault {
 #[derive(Debug, Default)]
 pub(super) struct MissList {
     misses: Vec<Miss>,
+    /// So many of them do not grow any more.
+    sealed: usize,
 }
 
 impl MissList {
@@ -161,7 +163,7 @@ impl MissList {
         if self.misses.iter().any(|m| m.range().covers(page) && m.access.allows(access)) {
             return;
         }
-        if let Some(last) = self.misses.last_mut()
+        if let Some(last) = self.misses[self.sealed..].last_mut()
             && last.access == access
             && last.range().last().checked_add(1) == Some(page.first())
             && last.len < CELL_PAGES_MAX * PAGE_SIZE
@@ -174,6 +176,11 @@ impl MissList {
         }
     }
 
+    /// What comes from now on becomes misses of its own: whoever waits for those before must not wait for it as well.
+    pub(super) fn seal(&mut self) {
+        self.sealed = self.misses.len();
+    }
+
     pub(super) fn is_full(&self) -> bool {
         self.misses.len() >= MISSES_MAX
     }
@@ -184,5 +191,25 @@ impl MissList {
 
     pub(super) fn into_set(self, required: usize, place: MissPlace) -> MissSet {
         MissSet { misses: self.misses, required, place }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_one_miss_but_not_across_a_seal() {
+        let mut list = MissList::default();
+        for page in [4, 5, 6] {
+            list.push(page * PAGE_SIZE, Access::READ);
+        }
+        list.seal();
+        for page in [7, 5, 8] {
+            list.push(page * PAGE_SIZE, Access::READ);
+        }
+        let found = list.into_set(1, MissPlace::Chain).misses;
+        let miss = |page, pages| Miss { iova: page * PAGE_SIZE, len: pages * PAGE_SIZE, access: Access::READ };
+        assert_eq!(found, [miss(4, 3), miss(7, 2)]);
     }
 }

@@ -1,0 +1,152 @@
+//! What a lane asked the daemon for, and how much of it the lane waits for.
+
+use iotlb_proto::iova::PAGE_SHIFT;
+
+use crate::queue::vring::{Miss, MissSet};
+use crate::{Access, Answer, Reader, RequestError, ResolveError, Ticket};
+
+/// How long a miss may take. Below half of the time after which the daemon revokes a stalled reader, although nobody
+/// waits pinned: the ring stands still meanwhile.
+const MISS_TIMEOUT_MS: u32 = 400;
+
+/// Pages waited for at a time, when fewer are needed at once: to be woken up for each page costs more than the page.
+/// Not more, so that what is complete is not kept from the driver, which may have to see it before it posts more.
+const PAGES_WAITED_FOR: u64 = 8;
+
+/// Requests without an answer.
+#[derive(Debug, Default)]
+pub(super) struct Asked {
+    tickets: Vec<(Miss, Ticket)>,
+}
+
+/// How a wait ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Waited {
+    /// Something came: try again.
+    Answered,
+    /// There was nothing to wait for: other threads have all cells.
+    Nothing,
+    /// The front-end denied what the ring needs, or it lies in memory that cannot be mapped.
+    Denied {
+        /// First address of what was asked for.
+        iova: u64,
+        /// What was wanted there.
+        access: Access,
+    },
+    /// What the ring needs was not answered in time, or the device stopped.
+    Unanswered,
+}
+
+impl Asked {
+    /// Forgets what was answered.
+    pub(super) fn forget_answered(&mut self, reader: &mut Reader) {
+        self.tickets.retain_mut(|(_, ticket)| reader.poll(ticket).is_none());
+    }
+
+    /// Asks, in one batch, for all of `set` that was not asked for yet.
+    ///
+    /// Each page is asked for once: a second request that the daemon takes up only after the chain was served and its
+    /// page unmapped would show up as a fault in the guest's log.
+    ///
+    /// # Errors
+    /// See [`Reader::request_all`].
+    pub(super) fn ask(&mut self, reader: &mut Reader, set: &MissSet) -> Result<(), RequestError> {
+        let new: Vec<Miss> = set.misses.iter().filter(|miss| self.position_of(miss).is_none()).copied().collect();
+        let tickets = reader.request_all(new.iter().map(|miss| (miss.iova, miss.len, miss.access)))?;
+        self.tickets.extend(new.into_iter().zip(tickets));
+        Ok(())
+    }
+
+    /// Waits for as much of `set` as [`awaited`] says.
+    ///
+    /// # Errors
+    /// [`ResolveError::DaemonDead`] and [`ResolveError::Revoked`] only.
+    pub(super) fn wait(&mut self, reader: &mut Reader, set: &MissSet) -> Result<Waited, ResolveError> {
+        let outstanding: Vec<bool> = set.misses.iter().map(|miss| self.overlapping(miss).is_some()).collect();
+        let count = awaited(set, &outstanding);
+        let mut waited = Waited::Nothing;
+        // From the last on: answers come in order, so this mostly sleeps once.
+        for (number, miss) in set.misses[..count].iter().enumerate().rev() {
+            while let Some(at) = self.overlapping(miss) {
+                waited = Waited::Answered;
+                let (_, mut ticket) = self.tickets.swap_remove(at);
+                match reader.wait(&mut ticket, MISS_TIMEOUT_MS) {
+                    Ok(Answer::Resolved) => {}
+                    Err(error @ (ResolveError::DaemonDead | ResolveError::Revoked)) => return Err(error),
+                    // It was a wish; when its turn comes it is asked for again.
+                    _ if number >= set.required => {}
+                    // Invalid: memory that cannot be mapped.
+                    Ok(Answer::Denied | Answer::Invalid) => {
+                        return Ok(Waited::Denied { iova: miss.iova, access: miss.access });
+                    }
+                    Ok(Answer::TimedOut | Answer::Stopped) | Err(_) => return Ok(Waited::Unanswered),
+                }
+            }
+        }
+        Ok(waited)
+    }
+
+    fn position_of(&self, miss: &Miss) -> Option<usize> {
+        let answers = |asked: &Miss| asked.range().covers(miss.range()) && asked.access.allows(miss.access);
+        self.tickets.iter().position(|(asked, _)| answers(asked))
+    }
+
+    fn overlapping(&self, miss: &Miss) -> Option<usize> {
+        self.tickets.iter().rposition(|(asked, _)| asked.range().overlaps(miss.range()))
+    }
+}
+
+/// How many of the misses, from the first on, to wait for before the ring is tried again: what it needs, or
+/// [`PAGES_WAITED_FOR`] if that is more. But not for the last of several that are outstanding: the front-end works on
+/// that one while the ring is looked at for what was posted meanwhile, and so does not run out of work.
+fn awaited(set: &MissSet, outstanding: &[bool]) -> usize {
+    let mut pages = 0;
+    let enough = set.misses.iter().position(|miss| {
+        pages += miss.len >> PAGE_SHIFT;
+        pages >= PAGES_WAITED_FOR
+    });
+    let count = enough.map_or(set.misses.len(), |last| last + 1).max(set.required);
+    let mut waiting = (0..count).rev().filter(|number| outstanding.get(*number) == Some(&true));
+    match (waiting.next(), waiting.next()) {
+        (Some(last), Some(_)) => last,
+        _ => count,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use iotlb_proto::iova::PAGE_SIZE;
+
+    use super::*;
+    use crate::queue::vring::MissPlace;
+
+    fn set(pages: &[u64], required: usize) -> MissSet {
+        let miss =
+            |(number, pages): (u64, &u64)| Miss { iova: number << 20, len: pages * PAGE_SIZE, access: Access::READ };
+        MissSet { misses: (0..).zip(pages).map(miss).collect(), required, place: MissPlace::Chain }
+    }
+
+    #[test]
+    fn a_chain_does_not_wait_for_those_behind_it() {
+        // A header and two fragments; behind them the same twice.
+        let packets = set(&[1, 8, 8, 1, 8, 8, 1, 8, 8], 3);
+        assert_eq!(awaited(&packets, &[true; 9]), 2, "the last fragment is outstanding while more is asked for");
+        let rest = set(&[8, 1, 8, 8, 1, 8, 8], 1);
+        assert_eq!(awaited(&rest, &[true; 7]), 1);
+    }
+
+    #[test]
+    fn single_pages_are_waited_for_together() {
+        assert_eq!(awaited(&set(&[1; 64], 1), &[true; 64]), 7);
+        assert_eq!(awaited(&set(&[1; 3], 1), &[true; 3]), 2);
+        assert_eq!(awaited(&set(&[1], 1), &[true]), 1);
+    }
+
+    #[test]
+    fn what_was_answered_is_not_counted_as_outstanding() {
+        let mut outstanding = [false; 9];
+        outstanding[2] = true;
+        assert_eq!(awaited(&set(&[1, 8, 8, 1, 8, 8, 1, 8, 8], 3), &outstanding), 3);
+        assert_eq!(awaited(&set(&[1; 64], 1), &[false; 64]), 8, "no cell was free for any of them");
+    }
+}
