@@ -57,12 +57,15 @@ impl Contestant {
         let socket = backend.as_ref().map(Backend::front_socket);
         let options = MachineOptions { qemu: Qemu::V10, kernel: Kernel::V6_12, iommu, vhost_user: socket.as_deref() };
         let mut machine = Machine::boot(&options, logs)?;
+        let before = ProcessorTime::now();
         let speeds = checks::throughput(&mut machine, logs, load)?;
+        let stolen = before.stolen_since();
         let features = machine.run("cat /sys/class/net/eth0/device/features")?;
         machine.power_off()?;
         let figures = backend.map(|backend| backend.end_with_figures(logs)).transpose()?;
         checks::no_trouble(logs)?;
         println!("{iommu:?}, {}: {speeds:.0?}, features {}", self.name(), bits(features.trim()));
+        println!("{iommu:?}, {}: {stolen:.0} % of the processors' time went to other machines", self.name());
         let bound = figures.as_ref().and_then(|figures| bound(figures, iommu));
         if let Some(figures) = figures {
             println!("{iommu:?}, {}: bound {bound:.0?} Mbit/s from {figures}", self.name());
@@ -91,6 +94,29 @@ fn bound(figures: &serde_json::Value, iommu: Iommu) -> Option<f64> {
         Iommu::Passthrough | Iommu::VirtioStrict | Iommu::Off => return None,
     };
     Some(65_536.0 * 8.0 / (16.0 * mean("page_ns")? + taken_away) * 1e3)
+}
+
+/// What the processors of this machine did so far, in ticks.
+struct ProcessorTime {
+    all: f64,
+    /// Taken by the machine's host for others. A guest that was measured meanwhile says little.
+    stolen: f64,
+}
+
+impl ProcessorTime {
+    fn now() -> ProcessorTime {
+        let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+        let ticks: Vec<f64> =
+            text.lines().next().unwrap_or_default().split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        // user, nice, system, idle, iowait, irq, softirq, steal; see proc_stat(5).
+        ProcessorTime { all: ticks.iter().take(8).sum(), stolen: ticks.get(7).copied().unwrap_or(f64::NAN) }
+    }
+
+    /// The part that was stolen since then, in per cent.
+    fn stolen_since(&self) -> f64 {
+        let now = ProcessorTime::now();
+        100.0 * (now.stolen - self.stolen) / (now.all - self.all)
+    }
 }
 
 /// A device's feature string, lowest bit first, as the numbers of its bits.

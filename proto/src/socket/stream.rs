@@ -17,6 +17,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
@@ -311,15 +312,24 @@ impl MessageStream {
     ///
     /// As [`MessageStream::receive`]; also [`StreamError::TimedOut`] and [`StreamError::Closed`].
     pub fn receive_blocking(&mut self, timeout_ms: u32) -> Result<(Header, Vec<u8>, Vec<OwnedFd>), StreamError> {
+        let (mut came, mut since, mut was_last) = (0, Instant::now(), false);
         loop {
             match self.receive()? {
                 Received::Message { header, payload, fds } => return Ok((header, payload, fds)),
                 Received::Closed => return Err(StreamError::Closed),
                 Received::WouldBlock => {
                     self.put_away()?;
-                    if !ancillary::wait(self.fd.as_fd(), PollFlags::POLLIN, timeout_ms).map_err(StreamError::Receive)? {
+                    if self.partial.bytes() > came {
+                        (came, since, was_last) = (self.partial.bytes(), Instant::now(), false);
+                    }
+                    // Not the whole time again: a byte out of band counts as input and is never received.
+                    let waited_ms = u32::try_from(since.elapsed().as_millis()).unwrap_or(u32::MAX);
+                    let left_ms = timeout_ms.saturating_sub(waited_ms);
+                    let readable = ancillary::wait(self.fd.as_fd(), PollFlags::POLLIN, left_ms);
+                    if !readable.map_err(StreamError::Receive)? || was_last {
                         return Err(StreamError::TimedOut { timeout_ms });
                     }
+                    was_last = left_ms == 0;
                 }
             }
         }
