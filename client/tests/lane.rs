@@ -6,9 +6,11 @@ mod support;
 use std::os::fd::AsFd;
 
 use iotlb_client::net::backlog::Backlog;
+use iotlb_client::net::echo::Echo;
 use iotlb_client::net::lane::{Done, Lane, Step};
+use iotlb_client::net::pair::{Next, Pair, Port};
 use iotlb_client::net::tx;
-use iotlb_client::{Access, Answer, Attachment, Reader};
+use iotlb_client::{Access, Answer, Attachment, Queue, Reader};
 use iotlb_proto::control::{DaemonMessage, QueueLease, WorkerMessage};
 use iotlb_proto::iova::{IovaRange, PAGE_SIZE};
 use iotlb_proto::table::QueueRecord;
@@ -40,35 +42,10 @@ struct Stage {
 impl Stage {
     fn new() -> Stage {
         let (daemon, memory, attachment) = Daemon::with_memory(64);
-        {
-            let mut table = daemon.table();
-            let session_generation = table.bump_session();
-            table.set_acked_features(FEATURES);
-            table.set_running(true);
-            let (started, enabled) = (true, true);
-            let record = QueueRecord {
-                started,
-                enabled,
-                size: SIZE,
-                desc: DESC,
-                avail: AVAIL,
-                used: USED,
-                base: 0,
-                session_generation,
-            };
-            table.publish_queue(1, &record);
-        }
         daemon.map(0, 3 * PAGE_SIZE, 0, Access::READ_WRITE);
-        let bells = [eventfd(), eventfd(), eventfd()];
-        let queue = std::thread::scope(|scope| {
-            let claiming = scope.spawn(|| attachment.claim_queues(&[1], PATIENCE_MS));
-            let WorkerMessage::ClaimQueues { claim, .. } = daemon.receive().0 else { panic!("not a claim") };
-            let lease = QueueLease { queue: 1, claim, kick: true, call: true, err: true };
-            daemon.send(&DaemonMessage::Lease(lease), &bells.each_ref().map(AsFd::as_fd));
-            claiming.join().expect("no panic").expect("leased").pop().expect("one")
-        });
+        start_rings(&daemon, &[record(0)]);
+        let lane = Lane::new(lease(&daemon, &attachment, &[1]).pop().expect("one"), 64);
         let reader = attachment.reader().expect("a reader");
-        let lane = Lane::new(queue, 64);
         Stage { daemon, memory, attachment, reader, lane, backlog: Backlog::default(), descriptors: 0, chains: 0 }
     }
 
@@ -105,24 +82,62 @@ impl Stage {
     fn wait(&mut self) -> Option<Step> {
         self.lane.wait(&mut self.reader).expect("the attachment lives")
     }
+}
 
-    /// What was posted since the last time: cell, ticket, range.
-    fn asked(&self) -> Vec<(u16, u32, IovaRange)> {
-        let mut cells = Vec::new();
-        self.daemon.segment.take_posted(|cell| cells.push(cell));
-        let take = |cell: u16| {
-            let request = self.daemon.segment.cells[usize::from(cell)].take().expect("a sound request");
-            let request = request.expect("a posted bit has a request");
-            (cell, request.ticket, request.range)
-        };
-        cells.into_iter().map(take).collect()
-    }
+/// A request that was posted: cell, ticket, range.
+type Asked = (u16, u32, IovaRange);
 
-    fn answer(&self, (cell, ticket, range): (u16, u32, IovaRange)) {
-        self.daemon.table().insert(range, range.first(), Access::READ).expect("room");
-        let asleep = self.daemon.segment.cells[usize::from(cell)].store_answer(ticket, Answer::Resolved);
-        assert!(!asleep, "the one thread is here");
+/// What was posted since the last time.
+fn asked(daemon: &Daemon) -> Vec<Asked> {
+    let mut cells = Vec::new();
+    daemon.segment.take_posted(|cell| cells.push(cell));
+    let take = |cell: u16| {
+        let request = daemon.segment.cells[usize::from(cell)].take().expect("a sound request");
+        let request = request.expect("a posted bit has a request");
+        (cell, request.ticket, request.range)
+    };
+    cells.into_iter().map(take).collect()
+}
+
+fn answer(daemon: &Daemon, request: Asked) {
+    let (.., range) = request;
+    daemon.table().insert(range, range.first(), Access::READ).expect("room");
+    say(daemon, request, Answer::Resolved);
+}
+
+fn say(daemon: &Daemon, (cell, ticket, _): Asked, answer: Answer) {
+    let asleep = daemon.segment.cells[usize::from(cell)].store_answer(ticket, answer);
+    assert!(!asleep, "the one thread is here");
+}
+
+/// A ring whose tables begin at `base`.
+fn record(base: u64) -> QueueRecord {
+    let [desc, avail, used] = [DESC, AVAIL, USED].map(|table| base + table);
+    QueueRecord { started: true, enabled: true, size: SIZE, desc, avail, used, base: 0, session_generation: 0 }
+}
+
+/// Starts the rings from queue 1 downwards.
+fn start_rings(daemon: &Daemon, records: &[QueueRecord]) {
+    let mut table = daemon.table();
+    let session_generation = table.bump_session();
+    table.set_acked_features(FEATURES);
+    table.set_running(true);
+    for (queue, record) in [1, 0].into_iter().zip(records) {
+        table.publish_queue(queue, &QueueRecord { session_generation, ..*record });
     }
+}
+
+fn lease(daemon: &Daemon, attachment: &Attachment, queues: &'static [u16]) -> Vec<Queue> {
+    let bells = [eventfd(), eventfd(), eventfd()];
+    std::thread::scope(|scope| {
+        let claiming = scope.spawn(|| attachment.claim_queues(queues, PATIENCE_MS));
+        let WorkerMessage::ClaimQueues { claim, .. } = daemon.receive().0 else { panic!("not a claim") };
+        for queue in queues.iter().copied() {
+            let lease = QueueLease { queue, claim, kick: true, call: true, err: true };
+            daemon.send(&DaemonMessage::Lease(lease), &bells.each_ref().map(AsFd::as_fd));
+        }
+        claiming.join().expect("no panic").expect("leased")
+    })
 }
 
 /// The page of the buffer of descriptor `index`.
@@ -130,7 +145,7 @@ fn page(index: u16) -> u64 {
     BUFFERS + u64::from(index) * 2 * PAGE_SIZE
 }
 
-fn pages(asked: &[(u16, u32, IovaRange)]) -> Vec<u64> {
+fn pages(asked: &[Asked]) -> Vec<u64> {
     asked.iter().map(|(.., range)| range.first()).collect()
 }
 
@@ -143,9 +158,9 @@ fn a_complete_packet_leaves_while_the_next_one_is_asked_for() {
     // A run that waited would end with a pause: nobody answers.
     assert_eq!(stage.run(), Step::Missing);
     assert_eq!(stage.backlog.len(), 1, "it can go out now");
-    let asked = stage.asked();
-    assert_eq!(pages(&asked), [page(1)]);
-    stage.answer(asked[0]);
+    let requests = asked(&stage.daemon);
+    assert_eq!(pages(&requests), [page(1)]);
+    answer(&stage.daemon, requests[0]);
     assert_eq!((stage.wait(), stage.run()), (Some(Step::Again), Step::Again));
     assert_eq!(stage.backlog.len(), 2);
     assert_eq!(stage.wait(), None, "nothing is missing");
@@ -156,19 +171,81 @@ fn what_is_posted_meanwhile_is_asked_for_before_the_last_answer() {
     let mut stage = Stage::new();
     stage.post(3);
     assert_eq!(stage.run(), Step::Missing);
-    let first = stage.asked();
+    let first = asked(&stage.daemon);
     assert_eq!(pages(&first), [page(0), page(1), page(2)]);
-    stage.answer(first[0]);
-    stage.answer(first[1]);
+    answer(&stage.daemon, first[0]);
+    answer(&stage.daemon, first[1]);
     // The third is outstanding, and the daemon has more to do before it runs out of work.
     assert_eq!(stage.wait(), Some(Step::Again));
     stage.post(1);
     assert_eq!(stage.run(), Step::Missing);
-    let second = stage.asked();
+    let second = asked(&stage.daemon);
     assert_eq!(pages(&second), [page(3)], "and nothing for the second time");
-    stage.answer(first[2]);
+    answer(&stage.daemon, first[2]);
     assert_eq!(stage.wait(), Some(Step::Again));
     assert_eq!((stage.run(), stage.backlog.len()), (Step::Missing, 1), "the first packet does not wait for the second");
-    stage.answer(second[0]);
+    answer(&stage.daemon, second[0]);
     assert_eq!((stage.wait(), stage.run(), stage.backlog.len()), (Some(Step::Again), Step::Again, 2));
+}
+
+#[test]
+fn a_denial_counts_also_when_nobody_waited_for_it() {
+    for waited in [false, true] {
+        let mut stage = Stage::new();
+        stage.post(2);
+        assert_eq!(stage.run(), Step::Missing);
+        let requests = asked(&stage.daemon);
+        assert_eq!(pages(&requests), [page(0), page(1)]);
+        answer(&stage.daemon, requests[0]);
+        if waited {
+            assert_eq!(stage.wait(), Some(Step::Again), "the last one is left out");
+        }
+        say(&stage.daemon, requests[1], Answer::Denied);
+        stage.daemon.map(page(2), PAGE_SIZE, page(2), Access::READ);
+        stage.post(1);
+        assert_eq!(stage.run(), Step::Again, "waited: {waited}");
+        // Its chain goes back unused, and the next one is collected.
+        assert_eq!((stage.run(), stage.backlog.len()), (Step::Again, 1), "waited: {waited}");
+        assert_eq!(asked(&stage.daemon), [], "nothing was asked for twice; waited: {waited}");
+    }
+}
+
+#[test]
+fn a_wish_that_was_denied_is_asked_for_again_when_it_is_needed() {
+    let mut stage = Stage::new();
+    stage.post(1);
+    stage.post(1);
+    assert_eq!(stage.run(), Step::Missing);
+    let requests = asked(&stage.daemon);
+    answer(&stage.daemon, requests[0]);
+    say(&stage.daemon, requests[1], Answer::Denied);
+    assert_eq!((stage.run(), stage.backlog.len()), (Step::Missing, 1));
+    let again = asked(&stage.daemon);
+    assert_eq!(pages(&again), [page(1)]);
+    answer(&stage.daemon, again[0]);
+    assert_eq!((stage.wait(), stage.run(), stage.backlog.len()), (Some(Step::Again), Step::Again, 2));
+}
+
+#[test]
+fn a_lane_whose_pages_do_not_come_keeps_no_other_from_being_waited_for() {
+    let (daemon, memory, attachment) = Daemon::with_memory(64);
+    daemon.map(0, 3 * PAGE_SIZE, 0, Access::READ_WRITE);
+    // The receive ring's tables are missing.
+    start_rings(&daemon, &[record(0), record(1 << 32)]);
+    let mut reader = attachment.reader().expect("a reader");
+    let mut pair = Pair::new(Port::Echo(Echo::new([2; 6], None)));
+    lease(&daemon, &attachment, &[0, 1]).into_iter().for_each(|queue| pair.add(Lane::new(queue, 64)));
+    memory.poke(DESC, &[&page(0).to_le_bytes()[..], &PACKET_LEN.to_le_bytes(), &[0; 4]].concat());
+    memory.poke(AVAIL + 2, &1_u16.to_le_bytes());
+
+    assert_eq!(pair.serve(&mut reader, attachment.segment()).expect("alive"), Next::Now, "a ring has started");
+    assert_eq!(pair.serve(&mut reader, attachment.segment()).expect("alive"), Next::Event, "both wait for pages");
+    let (packet, tables): (Vec<Asked>, Vec<Asked>) =
+        asked(&daemon).into_iter().partition(|(.., range)| range.first() == page(0));
+    assert_eq!((packet.len(), tables.len()), (1, 2), "a buffer; what is read of the tables, and what is written");
+    tables.into_iter().for_each(|request| say(&daemon, request, Answer::TimedOut));
+    packet.into_iter().for_each(|request| answer(&daemon, request));
+    assert_eq!(pair.wait(&mut reader).expect("alive"), Next::Now, "one may not, the other may go on");
+    pair.serve(&mut reader, attachment.segment()).expect("alive");
+    assert_eq!(pair.figures().sent, 1);
 }

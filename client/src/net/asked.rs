@@ -24,21 +24,56 @@ pub(super) struct Asked {
 pub(super) enum Waited {
     /// Something came: try again.
     Answered,
-    /// There was nothing to wait for: other threads have all cells.
+    /// There was nothing to wait for: other lanes or threads have all cells.
     Nothing,
-    /// The front-end denied what the ring needs, or it lies in memory that cannot be mapped.
+    /// What the ring needs does not come.
+    Refused(Refusal),
+}
+
+/// Why something that the ring needs does not come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// The front-end denied it, or it lies in memory that cannot be mapped.
     Denied {
         /// First address of what was asked for.
         iova: u64,
         /// What was wanted there.
         access: Access,
     },
-    /// What the ring needs was not answered in time, or the device stopped.
+    /// It was not answered in time, or the device stopped.
     Unanswered,
 }
 
+impl Refusal {
+    /// What an answer to a request for `miss` means, if it is none.
+    fn of(answer: Answer, miss: &Miss) -> Option<Refusal> {
+        match answer {
+            Answer::Resolved => None,
+            Answer::Denied | Answer::Invalid => Some(Refusal::Denied { iova: miss.iova, access: miss.access }),
+            Answer::TimedOut | Answer::Stopped => Some(Refusal::Unanswered),
+        }
+    }
+}
+
 impl Asked {
-    /// Forgets what was answered.
+    /// Whether something was refused that `set` needs, as far as answers have come. Says so once: what was refused
+    /// may be asked for again.
+    pub(super) fn take_refusal(&mut self, reader: &mut Reader, set: &MissSet) -> Option<Refusal> {
+        for miss in &set.misses[..set.required] {
+            let refusal = self.tickets.iter_mut().enumerate().find_map(|(at, (asked, ticket))| {
+                let answer = reader.poll(ticket).filter(|_| asked.range().overlaps(miss.range()))?;
+                Some((at, Refusal::of(answer, miss)?))
+            });
+            if let Some((at, refusal)) = refusal {
+                self.tickets.swap_remove(at);
+                return Some(refusal);
+            }
+        }
+        None
+    }
+
+    /// Forgets what was answered, denials included: those of a set's required pages are to be taken before, and what
+    /// was only a wish is asked for again when its turn comes.
     pub(super) fn forget_answered(&mut self, reader: &mut Reader) {
         self.tickets.retain_mut(|(_, ticket)| reader.poll(ticket).is_none());
     }
@@ -70,16 +105,14 @@ impl Asked {
             while let Some(at) = self.overlapping(miss) {
                 waited = Waited::Answered;
                 let (_, mut ticket) = self.tickets.swap_remove(at);
-                match reader.wait(&mut ticket, MISS_TIMEOUT_MS) {
-                    Ok(Answer::Resolved) => {}
+                let refusal = match reader.wait(&mut ticket, MISS_TIMEOUT_MS) {
+                    Ok(answer) => Refusal::of(answer, miss),
                     Err(error @ (ResolveError::DaemonDead | ResolveError::Revoked)) => return Err(error),
-                    // It was a wish; when its turn comes it is asked for again.
-                    _ if number >= set.required => {}
-                    // Invalid: memory that cannot be mapped.
-                    Ok(Answer::Denied | Answer::Invalid) => {
-                        return Ok(Waited::Denied { iova: miss.iova, access: miss.access });
-                    }
-                    Ok(Answer::TimedOut | Answer::Stopped) | Err(_) => return Ok(Waited::Unanswered),
+                    Err(_) => Some(Refusal::Unanswered),
+                };
+                // A wish is asked for again when its turn comes.
+                if let Some(refusal) = refusal.filter(|_| number < set.required) {
+                    return Ok(Waited::Refused(refusal));
                 }
             }
         }

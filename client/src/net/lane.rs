@@ -9,7 +9,7 @@ use iotlb_proto::sync::Ordering;
 use iotlb_proto::table::QueueRecord;
 use iotlb_proto::worker::WorkerSegment;
 
-use super::asked::{Asked, Waited};
+use super::asked::{Asked, Refusal, Waited};
 use crate::queue::vring::{Limits, MissPlace, MissSet, RingFault, Vring};
 use crate::{Guard, PinError, Queue, Reader, RequestError, ResolveError};
 
@@ -108,8 +108,10 @@ pub struct Lane {
     kick: Option<Arc<OwnedFd>>,
     reported: Option<Instant>,
     asked: Asked,
-    /// What the last run missed, until it was waited for.
+    /// What the last run missed.
     missing: Option<Missing>,
+    /// That was not waited for yet.
+    wait_due: bool,
 }
 
 /// What a run missed, and what it knew of the ring.
@@ -136,6 +138,7 @@ impl Lane {
             reported: None,
             asked: Asked::default(),
             missing: None,
+            wait_due: false,
         }
     }
 
@@ -183,7 +186,8 @@ impl Lane {
         }
     }
 
-    /// Pins and lets `work` loose on the ring; then, unpinned, asks for what it missed. Never waits for an answer.
+    /// Pins and lets `work` loose on the ring; then, unpinned, asks for what it missed. Waits for no answer,
+    /// but for a moment for a new memory map.
     ///
     /// # Errors
     ///
@@ -200,7 +204,12 @@ impl Lane {
             }
             self.rest = None;
         }
-        self.missing = None;
+        self.wait_due = false;
+        if let Some(missing) = self.missing.take()
+            && let Some(refusal) = self.asked.take_refusal(reader, &missing.set)
+        {
+            return Ok(self.refused(&missing, refusal));
+        }
         self.asked.forget_answered(reader);
         let (done, record, queue_generation) = {
             let guard = reader.pin()?;
@@ -256,6 +265,7 @@ impl Lane {
             Some(RingFault::Miss(set)) => match self.asked.ask(reader, &set) {
                 Ok(()) => {
                     self.missing = Some(Missing { set, record, queue_generation });
+                    self.wait_due = true;
                     Ok(Step::Missing)
                 }
                 Err(RequestError::DaemonDead) => Err(Lost::DaemonDead),
@@ -286,21 +296,38 @@ impl Lane {
         Step::Later(until)
     }
 
-    /// Waits for some of what the last run missed; `None` at once if it missed nothing.
+    /// Waits for some of what the last run missed; `None` at once if it missed nothing, or was waited for already.
     ///
     /// # Errors
     ///
     /// See [`Lost`].
     pub fn wait(&mut self, reader: &mut Reader) -> Result<Option<Step>, Lost> {
-        let Some(Missing { set, record, queue_generation }) = self.missing.take() else { return Ok(None) };
-        let step = match self.asked.wait(reader, &set) {
-            Ok(Waited::Answered) => Step::Again,
-            Ok(Waited::Denied { iova, access }) => self.denied(set.place, iova, access, &record, queue_generation),
+        if !std::mem::take(&mut self.wait_due) {
+            return Ok(None);
+        }
+        let Some(missing) = self.missing.take() else { return Ok(None) };
+        let step = match self.asked.wait(reader, &missing.set) {
+            Ok(Waited::Answered) => {
+                // The next run looks for what was refused of the rest.
+                self.missing = Some(missing);
+                Step::Again
+            }
+            Ok(Waited::Refused(refusal)) => self.refused(&missing, refusal),
+            Ok(Waited::Nothing) => self.pause(),
             Err(ResolveError::DaemonDead) => return Err(Lost::DaemonDead),
             Err(ResolveError::Revoked) => return Err(Lost::Revoked),
-            Ok(Waited::Nothing | Waited::Unanswered) | Err(_) => self.pause(),
+            Err(_) => self.pause(),
         };
         Ok(Some(step))
+    }
+
+    fn refused(&mut self, missing: &Missing, refusal: Refusal) -> Step {
+        match refusal {
+            Refusal::Denied { iova, access } => {
+                self.denied(missing.set.place, iova, access, &missing.record, missing.queue_generation)
+            }
+            Refusal::Unanswered => self.pause(),
+        }
     }
 
     fn denied(

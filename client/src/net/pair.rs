@@ -186,19 +186,25 @@ impl Pair {
         Ok(next)
     }
 
-    /// Waits for what one of the queues missed; `None` at once if none did. When there is nothing else to do: packets
-    /// that are complete have left, and all that is missing was asked for.
+    /// Waits for what queues missed, until one of them can go on. To be called when there is nothing else to do:
+    /// packets that are complete have left, and all that is missing was asked for; answers ring no bell that
+    /// [`Next::Event`] could mean.
     ///
     /// # Errors
     ///
     /// See [`PairError`].
-    pub fn wait(&mut self, reader: &mut Reader) -> Result<Option<Next>, PairError> {
-        for lane in self.lanes() {
+    pub fn wait(&mut self, reader: &mut Reader) -> Result<Next, PairError> {
+        let mut next = Next::Event;
+        for lane in self.rx.iter_mut().chain(&mut self.tx) {
             if let Some(step) = lane.wait(reader)? {
-                return Ok(Some(Next::of(step)));
+                next = next.earlier(Next::of(step));
+            }
+            // What came may let the others go on as well.
+            if next == Next::Now {
+                break;
             }
         }
-        Ok(None)
+        Ok(next)
     }
 
     /// A new session is another guest, or the same one booted again: packets of the old one are not for it.

@@ -212,13 +212,10 @@ fn attach_and_serve(options: &Options, signals: &Signals, pairs: &mut BTreeMap<u
         for pair in pairs.values_mut() {
             next = next.earlier(pair.serve(&mut reader, attachment.segment())?);
         }
-        if next != Next::Now {
-            // For one only: what came may let the others go on as well.
-            for pair in pairs.values_mut() {
-                if let Some(waited) = pair.wait(&mut reader)? {
-                    next = next.earlier(waited);
-                    break;
-                }
+        for pair in pairs.values_mut() {
+            // Misses are waited for when nobody has anything else to do.
+            if next != Next::Now {
+                next = next.earlier(pair.wait(&mut reader)?);
             }
         }
         let waiting = !pairs.values().all(Pair::ready);
