@@ -23,7 +23,8 @@ const ROUNDS: usize = 3;
 /// Seconds a transfer takes, unless said otherwise.
 const SECONDS: u32 = 3;
 
-/// The part of what the front-end's pace allows that is wanted; see [`bound`].
+/// The part of what the front-end's pace allows that is wanted in strict mode, and taken as a measure in lazy mode;
+/// see [`bound`].
 const BOUND_PART: f64 = 0.5;
 
 /// Modes of the guest's IOMMU, and the share of the reference's throughput that is wanted.
