@@ -7,9 +7,10 @@ use std::os::fd::AsFd;
 
 use iotlb_client::net::backlog::Backlog;
 use iotlb_client::net::echo::Echo;
+use iotlb_client::net::header::HEADER_LEN;
 use iotlb_client::net::lane::{Done, Lane, Step};
 use iotlb_client::net::pair::{Next, Pair, Port};
-use iotlb_client::net::tx;
+use iotlb_client::net::{rx, tx};
 use iotlb_client::{Access, Answer, Attachment, Queue, Reader};
 use iotlb_proto::control::{DaemonMessage, QueueLease, WorkerMessage};
 use iotlb_proto::iova::{IovaRange, PAGE_SIZE};
@@ -17,7 +18,7 @@ use iotlb_proto::table::QueueRecord;
 use iotlb_proto::vhost_user::features::virtio;
 use support::{Daemon, Memory, PATIENCE_MS, eventfd};
 
-const FEATURES: u64 = virtio::VERSION_1 | virtio::ACCESS_PLATFORM | virtio::EVENT_IDX;
+const FEATURES: u64 = virtio::VERSION_1 | virtio::ACCESS_PLATFORM | virtio::EVENT_IDX | virtio::NET_MRG_RXBUF;
 const SIZE: u16 = 16;
 /// The ring's tables, a page each, present from the start; IOVA and place in memory are the same.
 const DESC: u64 = 0;
@@ -26,8 +27,11 @@ const USED: u64 = 2 * PAGE_SIZE;
 /// The first buffer; every other page, so that no two become one request.
 const BUFFERS: u64 = 4 * PAGE_SIZE;
 const PACKET_LEN: u32 = 12 + 60;
+/// `flags` of a descriptor: another one follows; the device writes the buffer.
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
 
-/// One transmit queue.
+/// One queue.
 struct Stage {
     daemon: Daemon,
     memory: Memory,
@@ -51,14 +55,20 @@ impl Stage {
 
     /// Posts a packet in `parts` buffers, each in a page of its own.
     fn post(&mut self, parts: u16) {
+        let buffers: Vec<u64> = (self.descriptors..self.descriptors + parts).map(page).collect();
+        self.post_at(&buffers, 0);
+    }
+
+    /// Posts a chain of these buffers.
+    fn post_at(&mut self, buffers: &[u64], flags: u16) {
         let head = self.descriptors;
-        for part in 1..=parts {
+        for (number, iova) in buffers.iter().enumerate() {
             let index = self.descriptors;
-            let next = u16::from(part < parts);
+            let next = if number + 1 < buffers.len() { NEXT } else { 0 };
             let descriptor = [
-                &page(index).to_le_bytes()[..],
+                &iova.to_le_bytes()[..],
                 &PACKET_LEN.to_le_bytes(),
-                &next.to_le_bytes(),
+                &(flags | next).to_le_bytes(),
                 &(index + 1).to_le_bytes(),
             ];
             self.memory.poke(DESC + 16 * u64::from(index), &descriptor.concat());
@@ -77,6 +87,23 @@ impl Stage {
             Done { call: done.call, chains: done.chains, bytes: done.bytes, fault: done.fault }
         });
         collect.expect("the attachment lives")
+    }
+
+    /// The same for a queue that receives.
+    fn deliver(&mut self) -> Step {
+        let backlog = &mut self.backlog;
+        let deliver = self.lane.run(&mut self.reader, self.attachment.segment(), |ring, guard, record, features| {
+            let done = rx::deliver(ring, guard, record, features, backlog);
+            Done { call: done.call, chains: done.chains, bytes: done.bytes, fault: done.fault }
+        });
+        deliver.expect("the attachment lives")
+    }
+
+    /// The lengths of the used elements, in order.
+    fn used(&self) -> Vec<u32> {
+        let count = u16::from_le_bytes(self.memory.peek(USED + 2, 2).try_into().expect("two bytes"));
+        let len = |n| self.memory.peek(USED + 4 + 8 * n + 4, 4).try_into().expect("four bytes");
+        (0..u64::from(count)).map(|n| u32::from_le_bytes(len(n))).collect()
     }
 
     fn wait(&mut self) -> Option<Step> {
@@ -224,6 +251,78 @@ fn a_wish_that_was_denied_is_asked_for_again_when_it_is_needed() {
     assert_eq!(pages(&again), [page(1)]);
     answer(&stage.daemon, again[0]);
     assert_eq!((stage.wait(), stage.run(), stage.backlog.len()), (Some(Step::Again), Step::Again, 2));
+}
+
+#[test]
+fn a_page_is_asked_for_once_although_it_gets_a_neighbour() {
+    let mut stage = Stage::new();
+    stage.post(1);
+    stage.post_at(&[page(20)], 0);
+    assert_eq!(stage.run(), Step::Missing);
+    let first = asked(&stage.daemon);
+    assert_eq!(pages(&first), [page(0), page(20)]);
+    // Seen together, the two are one miss.
+    stage.post_at(&[page(20) + PAGE_SIZE], 0);
+    stage.post_at(&[page(20) + 2 * PAGE_SIZE], 0);
+    assert_eq!(stage.run(), Step::Missing);
+    let second = asked(&stage.daemon);
+    let rest = IovaRange::from_len(page(20) + PAGE_SIZE, 2 * PAGE_SIZE).expect("does not wrap");
+    assert_eq!(second.iter().map(|(.., range)| *range).collect::<Vec<_>>(), [rest]);
+    first.into_iter().chain(second).for_each(|request| answer(&stage.daemon, request));
+    assert_eq!((stage.run(), stage.backlog.len()), (Step::Again, 4));
+}
+
+#[test]
+fn a_chain_does_not_fall_with_its_neighbour() {
+    for waited in [false, true] {
+        let mut stage = Stage::new();
+        stage.post(1);
+        stage.post_at(&[page(20)], 0);
+        stage.post_at(&[page(20) + PAGE_SIZE], 0);
+        assert_eq!(stage.run(), Step::Missing);
+        let requests = asked(&stage.daemon);
+        assert_eq!(pages(&requests), [page(0), page(20)], "the neighbours are one request");
+        answer(&stage.daemon, requests[0]);
+        assert_eq!((stage.run(), stage.backlog.len()), (Step::Missing, 1));
+        // For the sake of the second page; the first is there by now.
+        say(&stage.daemon, requests[1], Answer::Denied);
+        stage.daemon.map(page(20), PAGE_SIZE, page(20), Access::READ);
+        if waited {
+            assert_eq!(stage.wait(), Some(Step::Again));
+        }
+        assert_eq!((stage.run(), stage.backlog.len()), (Step::Missing, 2), "waited: {waited}");
+        let again = asked(&stage.daemon);
+        assert_eq!(pages(&again), [page(20) + PAGE_SIZE]);
+        say(&stage.daemon, again[0], Answer::Denied);
+        assert_eq!((stage.wait(), stage.run()), (Some(Step::Again), Step::Again));
+        assert_eq!((stage.backlog.len(), stage.used().len()), (2, 3), "waited: {waited}");
+    }
+}
+
+#[test]
+fn a_packet_in_several_buffers_passes_over_a_denied_one_at_once() {
+    let mut stage = Stage::new();
+    for buffer in 0..5 {
+        stage.post_at(&[page(buffer)], WRITE);
+    }
+    let third = page(2);
+    [0, 1, 3, 4].map(page).iter().for_each(|iova| stage.daemon.map(*iova, PAGE_SIZE, *iova, Access::READ_WRITE));
+    // In three buffers.
+    let len = 2 * PACKET_LEN as usize + 1;
+    let mut packet = stage.backlog.buffer_of(len);
+    packet[HEADER_LEN..].fill(7);
+    assert!(stage.backlog.push(packet));
+    assert_eq!(stage.deliver(), Step::Missing);
+    let requests = asked(&stage.daemon);
+    assert_eq!(pages(&requests), [third]);
+    say(&stage.daemon, requests[0], Answer::Denied);
+    assert_eq!(stage.wait(), Some(Step::Again));
+    // Only two are left, which are not enough.
+    assert_eq!((stage.deliver(), stage.used()), (Step::Again, vec![0, 0, 0]));
+    stage.post_at(&[page(5)], WRITE);
+    stage.daemon.map(page(5), PAGE_SIZE, page(5), Access::READ_WRITE);
+    assert_eq!((stage.deliver(), stage.used()), (Step::Again, vec![0, 0, 0, PACKET_LEN, PACKET_LEN, 1]));
+    assert_eq!(asked(&stage.daemon), [], "nothing was asked for twice");
 }
 
 #[test]

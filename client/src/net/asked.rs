@@ -1,6 +1,6 @@
 //! What a lane asked the daemon for, and how much of it the lane waits for.
 
-use iotlb_proto::iova::PAGE_SHIFT;
+use iotlb_proto::iova::{PAGE_SHIFT, PAGE_SIZE};
 
 use crate::queue::vring::{Miss, MissSet};
 use crate::{Access, Answer, Reader, RequestError, ResolveError, Ticket};
@@ -45,14 +45,23 @@ pub(super) enum Refusal {
 }
 
 impl Refusal {
-    /// What an answer to a request for `miss` means, if it is none.
-    fn of(answer: Answer, miss: &Miss) -> Option<Refusal> {
+    /// What an answer to the request `asked` means for `miss`, if it is a refusal. A request that went beyond `miss`,
+    /// because it was made for chains behind as well, may have been denied for what lies there: such a denial says
+    /// nothing yet, and `miss` is asked for by itself.
+    fn of(answer: Answer, asked: &Miss, miss: &Miss) -> Option<Refusal> {
         match answer {
-            Answer::Resolved => None,
-            Answer::Denied | Answer::Invalid => Some(Refusal::Denied { iova: miss.iova, access: miss.access }),
+            Answer::Denied | Answer::Invalid if answers(miss, asked) => {
+                Some(Refusal::Denied { iova: asked.iova, access: miss.access })
+            }
+            Answer::Resolved | Answer::Denied | Answer::Invalid => None,
             Answer::TimedOut | Answer::Stopped => Some(Refusal::Unanswered),
         }
     }
+}
+
+/// Whether a request for `asked` is one for all of `miss`.
+fn answers(asked: &Miss, miss: &Miss) -> bool {
+    asked.range().covers(miss.range()) && asked.access.allows(miss.access)
 }
 
 impl Asked {
@@ -62,7 +71,7 @@ impl Asked {
         for miss in &set.misses[..set.required] {
             let refusal = self.tickets.iter_mut().enumerate().find_map(|(at, (asked, ticket))| {
                 let answer = reader.poll(ticket).filter(|_| asked.range().overlaps(miss.range()))?;
-                Some((at, Refusal::of(answer, miss)?))
+                Some((at, Refusal::of(answer, asked, miss)?))
             });
             if let Some((at, refusal)) = refusal {
                 self.tickets.swap_remove(at);
@@ -80,13 +89,15 @@ impl Asked {
 
     /// Asks, in one batch, for all of `set` that was not asked for yet.
     ///
-    /// Each page is asked for once: a second request that the daemon takes up only after the chain was served and its
-    /// page unmapped would show up as a fault in the guest's log.
+    /// Each page is asked for once, however its neighbours were counted to it then and now: a second request that the
+    /// daemon takes up only after the chain was served and its page unmapped would show up as a fault in the guest's
+    /// log.
     ///
     /// # Errors
     /// See [`Reader::request_all`].
     pub(super) fn ask(&mut self, reader: &mut Reader, set: &MissSet) -> Result<(), RequestError> {
-        let new: Vec<Miss> = set.misses.iter().filter(|miss| self.position_of(miss).is_none()).copied().collect();
+        let mut new = Vec::new();
+        set.misses.iter().for_each(|miss| self.add_unasked(miss, &mut new));
         let tickets = reader.request_all(new.iter().map(|miss| (miss.iova, miss.len, miss.access)))?;
         self.tickets.extend(new.into_iter().zip(tickets));
         Ok(())
@@ -104,9 +115,9 @@ impl Asked {
         for (number, miss) in set.misses[..count].iter().enumerate().rev() {
             while let Some(at) = self.overlapping(miss) {
                 waited = Waited::Answered;
-                let (_, mut ticket) = self.tickets.swap_remove(at);
+                let (asked, mut ticket) = self.tickets.swap_remove(at);
                 let refusal = match reader.wait(&mut ticket, MISS_TIMEOUT_MS) {
-                    Ok(answer) => Refusal::of(answer, miss),
+                    Ok(answer) => Refusal::of(answer, &asked, miss),
                     Err(error @ (ResolveError::DaemonDead | ResolveError::Revoked)) => return Err(error),
                     Err(_) => Some(Refusal::Unanswered),
                 };
@@ -119,9 +130,25 @@ impl Asked {
         Ok(waited)
     }
 
-    fn position_of(&self, miss: &Miss) -> Option<usize> {
-        let answers = |asked: &Miss| asked.range().covers(miss.range()) && asked.access.allows(miss.access);
-        self.tickets.iter().position(|(asked, _)| answers(asked))
+    /// Adds those parts of `miss` to `new` that no request is out for.
+    fn add_unasked(&self, miss: &Miss, new: &mut Vec<Miss>) {
+        let near: Vec<&Miss> =
+            self.tickets.iter().map(|(asked, _)| asked).filter(|asked| asked.range().overlaps(miss.range())).collect();
+        if near.is_empty() {
+            new.push(*miss);
+            return;
+        }
+        let begin = new.len();
+        for number in 0..miss.len >> PAGE_SHIFT {
+            let page = Miss { iova: miss.iova + (number << PAGE_SHIFT), len: PAGE_SIZE, access: miss.access };
+            if near.iter().any(|asked| answers(asked, &page)) {
+                continue;
+            }
+            match new[begin..].last_mut() {
+                Some(part) if part.iova + part.len == page.iova => part.len += PAGE_SIZE,
+                _ => new.push(page),
+            }
+        }
     }
 
     fn overlapping(&self, miss: &Miss) -> Option<usize> {
@@ -156,7 +183,7 @@ mod tests {
     fn set(pages: &[u64], required: usize) -> MissSet {
         let miss =
             |(number, pages): (u64, &u64)| Miss { iova: number << 20, len: pages * PAGE_SIZE, access: Access::READ };
-        MissSet { misses: (0..).zip(pages).map(miss).collect(), required, place: MissPlace::Chain }
+        MissSet { misses: (0..).zip(pages).map(miss).collect(), required, place: MissPlace::Chain { position: 0 } }
     }
 
     #[test]

@@ -98,8 +98,8 @@ pub struct Lane {
     queue: Queue,
     ring: Vring,
     rest: Option<Rest>,
-    /// The next chain has addresses that were denied.
-    reject: bool,
+    /// A chain that has addresses which were denied.
+    reject: Option<Rejected>,
     /// The call descriptor was replaced; the driver may have missed a call on the old one.
     call_owed: bool,
     /// Started and enabled when last looked at.
@@ -112,6 +112,15 @@ pub struct Lane {
     missing: Option<Missing>,
     /// That was not waited for yet.
     wait_due: bool,
+}
+
+/// A chain that goes back unused.
+#[derive(Clone, Copy, Debug)]
+struct Rejected {
+    /// Where it was in the available ring,
+    position: u16,
+    /// when queue records were these.
+    queue_generation: u64,
 }
 
 /// What a run missed, and what it knew of the ring.
@@ -130,7 +139,7 @@ impl Lane {
             queue,
             ring: Vring::new(Limits { lookahead, ..Limits::default() }),
             rest: None,
-            reject: false,
+            reject: None,
             call_owed: false,
             ready: false,
             descriptors: None,
@@ -224,7 +233,13 @@ impl Lane {
             }
             let record = guard.queue_record(self.queue.index()).filter(|_| guard.running()).unwrap_or_default();
             let features = guard.acked_features();
-            let rejected = if self.reject { self.reject_next(&guard, &record, features) } else { Done::default() };
+            let rejected = match self.reject.take() {
+                // Of another set-up of the ring there is nothing to reject.
+                Some(chain) if chain.queue_generation == queue_generation => {
+                    self.reject(chain.position, &guard, &record, features)
+                }
+                _ => Done::default(),
+            };
             let mut done = work(&mut self.ring, &guard, &record, features);
             done.call |= rejected.call;
             done.chains += rejected.chains;
@@ -246,10 +261,7 @@ impl Lane {
             None if done.chains > 0 => Ok(Step::Again),
             None if self.ready && self.kick.is_none() => Ok(Step::Later(Instant::now() + POLL_PAUSE)),
             None => Ok(Step::Idle),
-            Some(RingFault::Stopped) => {
-                self.reject = false;
-                Ok(Step::Resting)
-            }
+            Some(RingFault::Stopped) => Ok(Step::Resting),
             Some(RingFault::Remapping) => {
                 if reader.wait_mapped(REMAP_TIMEOUT_MS) {
                     return Ok(Step::Again);
@@ -276,15 +288,11 @@ impl Lane {
         }
     }
 
-    /// Gives the chain back whose addresses were denied. Should it be another one by now, it was still one that the
-    /// ring was set up with: a packet is lost, no more.
-    fn reject_next(&mut self, guard: &Guard<'_>, record: &QueueRecord, features: u64) -> Done {
-        self.reject = false;
+    /// Gives the chain back whose addresses were denied, and those in front that were to hold the same packet.
+    fn reject(&mut self, position: u16, guard: &Guard<'_>, record: &QueueRecord, features: u64) -> Done {
         let mut done = Done::default();
         if let Ok(mut burst) = self.ring.begin(guard, record, features) {
-            if burst.reject_next() == Ok(true) {
-                done.chains = 1;
-            }
+            done.chains = burst.reject_through(position).map_or(0, u64::from);
             done.call = burst.publish();
         }
         done
@@ -346,9 +354,9 @@ impl Lane {
                 self.ready = false;
                 Step::Resting
             }
-            MissPlace::Chain => {
+            MissPlace::Chain { position } => {
                 self.report(&format!("a buffer's page {iova:#x} ({access}) was denied; its chain goes back unused"));
-                self.reject = true;
+                self.reject = Some(Rejected { position, queue_generation });
                 Step::Again
             }
         }

@@ -53,8 +53,15 @@ impl EventLoop {
         }
     }
 
-    /// Sends what was put together for the front-end, on both channels; then wakes up whose misses were answered.
+    /// Sends what was put together for the front-end, on both channels, and wakes up whose misses were answered.
+    ///
+    /// A single sleeper is woken up first: the front-end, which the acknowledgement wakes up, often gets this very
+    /// processor, and would keep it until it has asked for or answered the next page. It waits for one call to the
+    /// kernel more; it is not to wait for many.
     pub(super) fn send_out(&mut self) {
+        if self.sleepers.len() == 1 {
+            self.wake_up();
+        }
         if let Some(front_end) = &mut self.front_end {
             front_end.flush();
             self.busy |= front_end.has_bad_news();
@@ -69,6 +76,11 @@ impl EventLoop {
             // What the device makes of it is to be carried out.
             self.busy = true;
         }
+        self.wake_up();
+    }
+
+    /// Wakes up the threads that sleep behind answered misses.
+    fn wake_up(&mut self) {
         for (worker, cell) in self.sleepers.drain(..) {
             if let Some(worker) = self.registry.get_mut(worker) {
                 worker.wake(cell);

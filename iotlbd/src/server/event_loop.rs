@@ -66,8 +66,7 @@ pub(crate) struct EventLoop {
     pub(super) stopping: bool,
     pub(super) done: bool,
     pub(super) figures: Figures,
-    /// Answered misses whose threads sleep. They are woken up when the front-end has got its answers: they wait for
-    /// this one page, and all else in the guest may wait for the front-end.
+    /// Answered misses whose threads sleep, to be woken up with the next [`EventLoop::send_out`].
     pub(super) sleepers: Vec<(WorkerId, u16)>,
     /// When the front-end's last message was read, on either channel.
     pub(super) heard_ns: u64,

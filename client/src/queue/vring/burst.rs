@@ -91,7 +91,7 @@ impl<'g, M: RingMemory + ?Sized> Burst<'g, M> {
                 let required = misses.len();
                 self.look_ahead(position, &mut parts, &mut misses);
                 self.keep(parts);
-                Err(RingFault::Miss(misses.into_set(required, MissPlace::Chain)))
+                Err(RingFault::Miss(misses.into_set(required, MissPlace::Chain { position })))
             }
             Err(fault) => {
                 self.keep(parts);
@@ -137,12 +137,33 @@ impl<'g, M: RingMemory + ?Sized> Burst<'g, M> {
         self.state.taken = 0;
     }
 
-    /// Completes the next chain with nothing written and without looking at its buffers, for a chain whose pages were
-    /// denied. Returns whether there was one.
+    /// Completes the chain at `position`, whose pages were denied, with nothing written and without looking at its
+    /// buffers; those in front of it as well, since `used.idx` is all that the ring keeps of its position, and chains
+    /// leave in order. Returns how many there were: none if that chain is not among those that are posted.
     ///
     /// # Errors
     ///
     /// [`RingFault::Broken`].
+    pub fn reject_through(&mut self, position: u16) -> Result<u16, RingFault> {
+        let count = position.wrapping_sub(self.state.next_used).wrapping_add(1);
+        if !(1..=self.posted()?).contains(&count) {
+            return Ok(0);
+        }
+        for _ in 0..count {
+            self.reject_next()?;
+        }
+        Ok(count)
+    }
+
+    /// Completes the next chain with nothing written and without looking at its buffers. Returns whether there was one.
+    ///
+    /// # Errors
+    ///
+    /// [`RingFault::Broken`].
+    ///
+    /// # Panics
+    ///
+    /// When a chain that was taken is not completed yet (a mistake of the caller, not of the guest).
     pub fn reject_next(&mut self) -> Result<bool, RingFault> {
         assert!(self.state.taken == 0, "chains are completed in order");
         let position = self.state.next_used;

@@ -32,8 +32,12 @@ impl Miss {
 pub enum MissPlace {
     /// In the ring itself: nothing can be done before they are there.
     Tables,
-    /// In the next chain; a denial there costs that chain alone ([`Burst::reject_next`](super::Burst::reject_next)).
-    Chain,
+    /// In a chain. After a denial the ring goes on behind it
+    /// ([`Burst::reject_through`](super::Burst::reject_through)).
+    Chain {
+        /// Where it is in the available ring, counted as `avail.idx` is.
+        position: u16,
+    },
 }
 
 /// What is missing. `misses[..required]` stand in the way; the rest was seen in chains posted behind.
@@ -208,7 +212,7 @@ mod tests {
         for page in [7, 5, 8] {
             list.push(page * PAGE_SIZE, Access::READ);
         }
-        let found = list.into_set(1, MissPlace::Chain).misses;
+        let found = list.into_set(1, MissPlace::Tables).misses;
         let miss = |page, pages| Miss { iova: page * PAGE_SIZE, len: pages * PAGE_SIZE, access: Access::READ };
         assert_eq!(found, [miss(4, 3), miss(7, 2)]);
     }

@@ -111,7 +111,7 @@ fn a_miss_lists_every_page_and_consumes_nothing() {
 
     let mut burst = begin(&mut ring, &memory, &driver);
     let set = misses_of(burst.next_chain().expect_err("no data page is present"));
-    assert_eq!(set.place, MissPlace::Chain);
+    assert_eq!(set.place, MissPlace::Chain { position: 0 });
     assert_eq!(
         set.misses,
         [
@@ -398,13 +398,38 @@ fn a_denied_chain_can_be_given_back_unread() {
     let mut burst = begin(&mut ring, &memory, &driver);
     let set = misses_of(burst.next_chain().expect_err("nobody mapped it"));
     assert!(!memory.resolve(&set));
-    assert_eq!(burst.reject_next(), Ok(true));
+    assert_eq!(set.place, MissPlace::Chain { position: 0 });
+    assert_eq!(burst.reject_through(0), Ok(1));
     let chain = burst.next_chain().expect("present").expect("posted");
     assert_eq!(chain.head(), good);
     burst.complete(chain, 0);
     assert_eq!(burst.reject_next(), Ok(false));
     let _ = burst.publish();
     assert_eq!(driver.collect(), [(bad, 0), (good, 0)]);
+}
+
+#[test]
+fn a_denied_chain_takes_those_in_front_along_and_none_behind() {
+    let memory = memory(1);
+    memory.resolve_everything();
+    let mut driver = driver(&memory, 4);
+    let heads = [DATA, DATA, 0xdead_0000, DATA].map(|iova| driver.post(&[writable(iova, 64)]).expect("room"));
+    let mut ring = Vring::default();
+    let mut burst = begin(&mut ring, &memory, &driver);
+    let first = burst.next_chain().expect("present").expect("posted");
+    burst.complete(first, 64);
+    burst.next_chain().expect("present").expect("posted");
+    let set = misses_of(burst.next_chain().expect_err("nobody mapped it"));
+    assert_eq!(set.place, MissPlace::Chain { position: 2 });
+    burst.put_back();
+    // Neither what was completed nor what was not posted.
+    for position in [0, 4, u16::MAX] {
+        assert_eq!(burst.reject_through(position), Ok(0), "{position}");
+    }
+    assert_eq!(burst.reject_through(2), Ok(2));
+    assert_eq!(burst.posted(), Ok(1));
+    let _ = burst.publish();
+    assert_eq!(driver.collect(), [(heads[0], 64), (heads[1], 0), (heads[2], 0)]);
 }
 
 #[test]
