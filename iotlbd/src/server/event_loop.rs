@@ -194,10 +194,12 @@ impl EventLoop {
                 self.figures.write(&self.device);
                 return Ok(());
             }
-            if std::mem::take(&mut self.worked) {
+            let worked = std::mem::take(&mut self.worked);
+            if worked {
                 self.pace.worked(now);
             }
-            self.wait(&mut ready)?;
+            // A round without work is short: its clock still serves.
+            self.wait(if worked { now_ns() } else { now }, &mut ready)?;
             for &event in &ready {
                 self.dispatch(event)?;
             }
@@ -205,19 +207,19 @@ impl EventLoop {
     }
 
     /// Waits for what is to be done next: polls or sleeps.
-    fn wait(&mut self, ready: &mut Vec<Ready>) -> Result<(), ServerError> {
+    fn wait(&mut self, now: u64, ready: &mut Vec<Ready>) -> Result<(), ServerError> {
         self.watch_room();
-        let now = now_ns();
         let idle = if self.busy { Idle::PollAll } else { self.pace.idle(now) };
         if idle == Idle::Sleep || now.saturating_sub(self.heard_ns) > LEFT_NS {
             self.put_away();
         }
         match idle {
             Idle::Poll | Idle::PollAll => {
-                if !self.busy {
+                if !self.busy && idle == Idle::PollAll {
                     // Whoever the loop waits for may wait for this processor.
+                    let before = now_ns();
                     std::thread::yield_now();
-                    self.pace.yielded(now_ns().saturating_sub(now));
+                    self.pace.yielded(now_ns().saturating_sub(before));
                 }
                 if let Some(front_end) = &mut self.front_end {
                     front_end.look();

@@ -20,13 +20,16 @@ use iotlb_proto::iova::{IovaRange, PAGE_MASK, PAGE_SIZE};
 use iotlb_proto::layout::worker::{CELL_CAPACITY, CELL_PAGES_MAX};
 use iotlb_proto::vhost_user::{IotlbKind, IotlbMessage};
 use iotlb_proto::worker::{Answer, MissRequest};
+use smallvec::{SmallVec, smallvec};
 
 use super::{Action, WorkerId};
 use coverage::pages_of;
 pub(super) use coverage::{Coverage, Translations, coverage};
+use open::OpenPages;
 use turns::{Owner, Place, Turns};
 
 mod coverage;
+mod open;
 #[cfg(test)]
 mod tests;
 mod turns;
@@ -53,7 +56,7 @@ struct Waiter {
     access: Access,
     deadline_ns: u64,
     /// Pages that were not covered when last seen.
-    open: BTreeSet<u64>,
+    open: OpenPages,
 }
 
 impl Waiter {
@@ -89,7 +92,8 @@ struct PageMiss {
     state: State,
     /// Ask for one waiter's access at a time: asked together they were refused.
     apart: bool,
-    waiters: Vec<Interest>,
+    /// Mostly one: workers seldom want the same page at the same time.
+    waiters: SmallVec<[Interest; 1]>,
 }
 
 /// A message whose reply is due.
@@ -243,8 +247,11 @@ impl Misses {
 
     /// Translations inside `range` appeared.
     pub(super) fn appeared<T: Translations>(&mut self, range: IovaRange, to: &mut Surroundings<'_, T>) {
+        if self.pages.is_empty() {
+            return;
+        }
         let first = range.first() & !PAGE_MASK;
-        let touched: Vec<u64> = self.pages.range(first..=range.last()).map(|(page, _)| *page).collect();
+        let touched: SmallVec<[u64; 1]> = self.pages.range(first..=range.last()).map(|(page, _)| *page).collect();
         self.note_time(&touched, to.now_ns);
         for page in touched {
             self.recheck(page, to);
@@ -258,7 +265,10 @@ impl Misses {
     /// Takes the time of an answer, if it is one to a message in flight.
     fn note_time(&mut self, pages: &[u64], now_ns: u64) {
         let sent = pages.iter().find_map(|page| match self.pages.get(page)?.state {
-            State::Sent { number } => self.flights.iter().find(|f| f.number == number).map(|f| f.sent_ns),
+            // They are in the order of their numbers.
+            State::Sent { number } => {
+                self.flights.binary_search_by_key(&number, |f| f.number).ok().map(|at| self.flights[at].sent_ns)
+            }
             State::Queued(_) => None,
         });
         if let Some(sent_ns) = sent {
@@ -435,7 +445,7 @@ impl Misses {
     /// Settles the waiters of a page that is covered now.
     fn recheck<T: Translations>(&mut self, page: u64, to: &mut Surroundings<'_, T>) {
         let Some(entry) = self.pages.get(&page) else { return };
-        let covered: Vec<u64> = entry
+        let covered: SmallVec<[u64; 1]> = entry
             .waiters
             .iter()
             .filter_map(|i| Some((i.waiter, self.waiters.get(&i.waiter)?)))
@@ -445,7 +455,7 @@ impl Misses {
         for id in covered {
             self.detach(id, page);
             let Some(waiter) = self.waiters.get_mut(&id) else { continue };
-            waiter.open.remove(&page);
+            waiter.open.remove(page);
             // A page that was there once counts, even if it was taken away again before the last one came: the answer
             // says "look again". Asking again from here could name a page that the guest has unmapped since, because
             // the worker has served what it wanted there; the worker asks for what it still needs.
@@ -459,7 +469,7 @@ impl Misses {
         let id = self.next_waiter;
         self.next_waiter += 1;
         let deadline_ns = now_ns.saturating_add(self.timeout_ns);
-        self.waiters.insert(id, Waiter { cell, range, access, deadline_ns, open: BTreeSet::new() });
+        self.waiters.insert(id, Waiter { cell, range, access, deadline_ns, open: OpenPages::none_of(range) });
         id
     }
 
@@ -478,7 +488,7 @@ impl Misses {
                 continue;
             }
             let state = State::Queued(self.turns.join(owner, page));
-            self.pages.insert(page, PageMiss { state, apart: false, waiters: vec![interest] });
+            self.pages.insert(page, PageMiss { state, apart: false, waiters: smallvec![interest] });
         }
     }
 
@@ -522,8 +532,8 @@ impl Misses {
                 self.own.remove(&(waiter.range.first() & !PAGE_MASK));
             }
         }
-        for page in &waiter.open {
-            self.detach(id, *page);
+        for page in waiter.open.iter() {
+            self.detach(id, page);
         }
         Some(waiter)
     }

@@ -9,7 +9,7 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 use rustix::thread::CpuSet;
 
 use super::place::{Place, bind, restore};
-use super::service::{ACK_LEN, IOTLB_LEN, IOVA_BASE, Service, invalidate, round_trip};
+use super::service::{ACK_LEN, IOTLB_LEN, IOVA_BASE, Service, invalidate, round_trip, round_trip_awake};
 use super::{Outcome, median_ns, time_ns};
 use crate::bench::peers::PAGE;
 use crate::bench::report::{Row, Target};
@@ -38,6 +38,7 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
     let answerer = place.answerer;
     let thread = std::thread::spawn(move || answer(&answering, answerer));
     let (mut updates, mut invalidates, mut echoes) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut awake, mut awake_echoes) = (Vec::new(), Vec::new());
     for block in 0..BLOCKS {
         for n in 0..BLOCK {
             let iova = IOVA_BASE + (block % 16 * BLOCK + n) * PAGE;
@@ -57,12 +58,25 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
                 echoes.push(echo_ns);
             }
         }
+        for (stream, times) in [(&service.main, &mut awake), (&echo, &mut awake_echoes)] {
+            for n in 0..BLOCK {
+                let update = service.update(IOVA_BASE + n * PAGE);
+                let (ns, done) = time_ns(|| round_trip_awake(stream, &update));
+                done?;
+                if n >= WARM_UP {
+                    times.push(ns);
+                }
+            }
+        }
     }
     let echo_ns = median_ns(&mut echoes);
     for (name, times) in [("UPDATE", &mut updates), ("INVALIDATE", &mut invalidates)] {
         let name = format!("{name} acknowledged, one after the other");
         rows.push(Row::new(name, "ns", median_ns(times), echo_ns, "echo, polling", Target::CostsAtMost(1.2)));
     }
+    let (awake, awake_echo) = (median_ns(&mut awake), median_ns(&mut awake_echoes));
+    let name = "UPDATE acknowledged, nobody sleeps";
+    rows.push(Row::new(name, "ns", awake, awake_echo, "echo, nobody sleeps", Target::CostsAtMost(1.2)));
     let (mut cold, mut cold_echoes) = (Vec::new(), Vec::new());
     for n in 0..COLD {
         let iova = IOVA_BASE + n * PAGE;
