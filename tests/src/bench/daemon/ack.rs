@@ -1,15 +1,12 @@
-//! How long the front-end waits for an acknowledgement, against a peer that sends 20 bytes for 44 and does nothing
-//! else.
+//! How long the front-end waits for an acknowledgement, against a bare echo.
 
-use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
-
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use std::time::Duration;
 
 use rustix::thread::CpuSet;
 
+use super::echo::Echo;
 use super::place::{Place, bind, restore};
-use super::service::{ACK_LEN, IOTLB_LEN, IOVA_BASE, Service, invalidate, round_trip, round_trip_awake};
+use super::service::{IOVA_BASE, Service, invalidate, round_trip, round_trip_awake};
 use super::{Outcome, median_ns, time_ns};
 use crate::bench::peers::PAGE;
 use crate::bench::report::{Row, Target};
@@ -24,8 +21,6 @@ const WARM_UP: u64 = 20;
 const COLD: u64 = 400;
 /// Pause before each of them: longer than anybody polls.
 const COLD_PAUSE: Duration = Duration::from_micros(600);
-/// How long the echo polls after a message before it sleeps, about as long as the daemon.
-const ECHO_POLLS: Duration = Duration::from_micros(50);
 
 /// Adds the rows.
 pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> Outcome {
@@ -34,9 +29,8 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
     restore(everywhere);
     let service = Service::start(place.answerer, false)?;
     bind(place.asker);
-    let (echo, answering) = UnixStream::pair()?;
-    let answerer = place.answerer;
-    let thread = std::thread::spawn(move || answer(&answering, answerer));
+    let peer = Echo::start(place.answerer)?;
+    let echo = &peer.near;
     let (mut updates, mut invalidates, mut echoes) = (Vec::new(), Vec::new(), Vec::new());
     let (mut awake, mut awake_echoes) = (Vec::new(), Vec::new());
     for block in 0..BLOCKS {
@@ -52,13 +46,13 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
             }
         }
         for n in 0..2 * BLOCK {
-            let (echo_ns, done) = time_ns(|| round_trip(&echo, &invalidate(IOVA_BASE)));
+            let (echo_ns, done) = time_ns(|| round_trip(echo, &invalidate(IOVA_BASE)));
             done?;
             if n >= WARM_UP {
                 echoes.push(echo_ns);
             }
         }
-        for (stream, times) in [(&service.main, &mut awake), (&echo, &mut awake_echoes)] {
+        for (stream, times) in [(&service.main, &mut awake), (echo, &mut awake_echoes)] {
             for n in 0..BLOCK {
                 let update = service.update(IOVA_BASE + n * PAGE);
                 let (ns, done) = time_ns(|| round_trip_awake(stream, &update));
@@ -85,7 +79,7 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
         let (update_ns, done) = time_ns(|| round_trip(&service.main, &service.update(iova)));
         done?;
         std::thread::sleep(COLD_PAUSE);
-        let (echo_ns, done) = time_ns(|| round_trip(&echo, &invalidate(iova)));
+        let (echo_ns, done) = time_ns(|| round_trip(echo, &invalidate(iova)));
         done?;
         cold.push(update_ns);
         cold_echoes.push(echo_ns);
@@ -99,27 +93,5 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
         "echo, asleep",
         Target::CostsAtMost(1.2),
     ));
-    drop(echo);
-    thread.join().map_err(|_| "the echo panicked")?;
-    Ok(())
-}
-
-/// The peer: polls for a while after a message, yielding, then sleeps.
-fn answer(stream: &UnixStream, cpu: Option<usize>) {
-    bind(cpu);
-    let mut message = [0; IOTLB_LEN];
-    let mut awake_until = Instant::now();
-    loop {
-        let flags = if Instant::now() < awake_until { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
-        match recv(stream, &mut message[..], flags) {
-            Ok((IOTLB_LEN, _)) => {
-                if send(stream, &[0; ACK_LEN], SendFlags::NOSIGNAL).is_err() {
-                    return;
-                }
-                awake_until = Instant::now() + ECHO_POLLS;
-            }
-            Err(rustix::io::Errno::AGAIN) => std::thread::yield_now(),
-            _ => return,
-        }
-    }
+    peer.end()
 }

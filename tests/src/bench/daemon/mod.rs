@@ -3,14 +3,18 @@
 //! | module | rows |
 //! | --- | --- |
 //! | [`ack`] | UPDATE and INVALIDATE against a bare echo |
+//! | [`busy`] | a miss with a daemon that never sleeps, against a round trip |
 //! | [`miss`] | a miss from worker to worker against the sum of its hops; 32 cold pages |
+//! | [`echo`] | the bare echo |
 //! | [`hops`] | the bare chains that a miss is measured against |
 //! | [`drain`] | taking a page away while another process reads; looking at idle readers |
 //! | [`service`] | a daemon whose front-end is a pair of raw sockets |
 //! | [`place`] | which thread runs where |
 
 pub mod ack;
+pub mod busy;
 pub mod drain;
+pub mod echo;
 pub mod hops;
 pub mod miss;
 pub mod place;
@@ -31,6 +35,7 @@ pub fn rows(rows: &mut Vec<Row>) -> Outcome {
     let former = place::current();
     let result = ack::rows(rows, &place, &former)
         .and_then(|()| miss::rows(rows, &place, &former))
+        .and_then(|()| busy::rows(rows, &place, &former))
         .and_then(|()| drain::rows(rows, &place));
     // What is measured after this runs where it likes.
     place::restore(&former);

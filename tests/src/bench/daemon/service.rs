@@ -134,9 +134,18 @@ pub fn round_trip(mut stream: &UnixStream, message: &[u8; IOTLB_LEN]) -> std::io
 pub fn round_trip_awake(mut stream: &UnixStream, message: &[u8; IOTLB_LEN]) -> std::io::Result<()> {
     stream.write_all(message)?;
     let mut ack = [0; ACK_LEN];
+    receive_awake(stream, &mut ack)?;
+    check(ack)
+}
+
+/// Polls until a message of this length is there, without a yield: what it waits for runs elsewhere.
+///
+/// # Errors
+/// The connection is over.
+pub fn receive_awake<const LEN: usize>(stream: &UnixStream, message: &mut [u8; LEN]) -> std::io::Result<()> {
     loop {
-        match recv(stream, &mut ack[..], RecvFlags::DONTWAIT) {
-            Ok((ACK_LEN, _)) => return check(ack),
+        match recv(stream, &mut message[..], RecvFlags::DONTWAIT) {
+            Ok((count, _)) if count == LEN => return Ok(()),
             Ok(_) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
             Err(Errno::AGAIN) => std::hint::spin_loop(),
             Err(error) => return Err(error.into()),
