@@ -1,17 +1,18 @@
 //! `cargo bench -p iotlb-tests --bench guest`: what a real guest carries over a TAP, served by `iotlbd` and
 //! `iotlb-net`, against QEMU's own device on the same kind of TAP in the same run. Prints a table, writes
-//! `bench-guest.json` into the
-//! build directory. Needs what `tests/guest.rs` needs.
+//! `bench-guest.json` into the build directory. Needs what `tests/guest.rs` needs.
 //!
 //! An argument limits the run to modes whose name contains it. From the environment: `IOTLBD_GUEST_ROUNDS` guests of
 //! each kind, in turn; `IOTLBD_GUEST_SECONDS` for each of [`REPEATS`] transfers each way in a guest;
-//! `IOTLBD_GUEST_STREAMS`, connections at a time; `IOTLBD_GUEST_WORKER`, another build of `iotlb-net` to be compared;
+//! `IOTLBD_GUEST_STREAMS`, connections at a time; `IOTLBD_GUEST_WAY`, `from` or `to` the guest alone, so that the
+//! daemon's figures are of that way; `IOTLBD_GUEST_WORKER`, another build of `iotlb-net` to be compared;
 //! `IOTLBD_GUEST_ONLY`, only contestants whose name ends with it, the first of them being the reference: to look at one
 //! of them closely.
 
 use std::path::PathBuf;
 
 use iotlb_tests::bench::report::json_path;
+use iotlb_tests::guest::checks::Way;
 use iotlb_tests::guest::{
     Backend, GuestError, Iommu, Kernel, Logs, Machine, MachineOptions, Network, Qemu, checks, skipped,
 };
@@ -20,6 +21,8 @@ use iotlb_tests::guest::{
 const REPEATS: usize = 3;
 /// Guests of each kind, unless said otherwise.
 const ROUNDS: usize = 3;
+/// Bits of 64 KiB.
+const BLOCK_BITS: f64 = 65_536.0 * 8.0;
 /// Seconds a transfer takes, unless said otherwise.
 const SECONDS: u32 = 3;
 
@@ -70,6 +73,10 @@ impl Contestant {
         let bound = figures.as_ref().and_then(|figures| bound(figures, iommu));
         if let Some(figures) = figures {
             println!("{iommu:?}, {}: bound {bound:.0?} Mbit/s from {figures}", self.name());
+            let carried_mbit = speeds.iter().flatten().sum::<f64>() * f64::from(load.seconds);
+            if let Some(needs) = Needs::of(&figures, iommu, carried_mbit) {
+                println!("{iommu:?}, {}: {needs}", self.name());
+            }
         }
         Ok(Measured { speeds, bound })
     }
@@ -87,14 +94,50 @@ struct Measured {
 /// in strict mode one invalidation. In lazy mode flushes are too rare to count, and each page is still new. Times are
 /// the means of the daemon's own figures.
 fn bound(figures: &serde_json::Value, iommu: Iommu) -> Option<f64> {
-    let mean = |name: &str| figures.pointer(&format!("/{name}/mean"))?.as_f64();
     let taken_away = match iommu {
         Iommu::Lazy => 0.0,
-        Iommu::Strict => mean("invalidate_ns")?,
+        Iommu::Strict => 1.0,
         // Pages come once.
         Iommu::Passthrough | Iommu::VirtioStrict | Iommu::Off => return None,
     };
-    Some(65_536.0 * 8.0 / (16.0 * mean("page_ns")? + taken_away) * 1e3)
+    allowed(figures, 16.0, taken_away)
+}
+
+/// Mbit/s, when 64 KiB take so many pages and invalidations, one after the other.
+fn allowed(figures: &serde_json::Value, pages: f64, invalidations: f64) -> Option<f64> {
+    let mean = |name: &str| figures.pointer(&format!("/{name}/mean"))?.as_f64();
+    let mut busy_ns = pages * mean("page_ns")?;
+    if invalidations > 0.0 {
+        busy_ns += invalidations * mean("invalidate_ns")?;
+    }
+    Some(BLOCK_BITS / busy_ns * 1e3)
+}
+
+/// What 64 KiB really took: buffers begin and end within pages, and a buffer that is received into is unmapped by itself.
+struct Needs {
+    pages: f64,
+    invalidations: f64,
+    allowed: f64,
+}
+
+impl Needs {
+    /// Of a session in which `carried_mbit` were carried.
+    fn of(figures: &serde_json::Value, iommu: Iommu, carried_mbit: f64) -> Option<Needs> {
+        if !matches!(iommu, Iommu::Lazy | Iommu::Strict) {
+            return None;
+        }
+        let blocks = carried_mbit * 1e6 / BLOCK_BITS;
+        let each = |name: &str| Some(figures.pointer(&format!("/counters/{name}"))?.as_f64()? / blocks);
+        let (pages, invalidations) = (each("updates")?, each("invalidations")?);
+        Some(Needs { pages, invalidations, allowed: allowed(figures, pages, invalidations)? })
+    }
+}
+
+impl std::fmt::Display for Needs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Needs { pages, invalidations, allowed } = self;
+        write!(f, "64 KiB took {pages:.1} pages and {invalidations:.1} invalidations, which allow {allowed:.0} Mbit/s")
+    }
 }
 
 /// What the processors of this machine did so far, in ticks.
@@ -142,7 +185,12 @@ fn main() {
     let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
     let rounds = setting("IOTLBD_GUEST_ROUNDS", ROUNDS);
     let (seconds, streams) = (setting("IOTLBD_GUEST_SECONDS", SECONDS), setting("IOTLBD_GUEST_STREAMS", 1));
-    let load = checks::Load { seconds, streams, repeats: REPEATS };
+    let ways: &[Way] = match std::env::var("IOTLBD_GUEST_WAY").as_deref() {
+        Ok("from") => &[Way::FromGuest],
+        Ok("to") => &[Way::ToGuest],
+        _ => &Way::BOTH,
+    };
+    let load = checks::Load { seconds, streams, repeats: REPEATS, ways };
     let mut contestants = vec![
         Contestant::Reference,
         Contestant::Ours { name: "iotlb-net", arguments: &[], worker: None },
@@ -180,7 +228,7 @@ fn main() {
         }
         let medians: Vec<[f64; 2]> = speeds.iter_mut().map(|ways| [0, 1].map(|way| median(&mut ways[way]))).collect();
         let bounds: Vec<f64> = bounds.iter_mut().map(|bounds| median(bounds)).collect();
-        for (way, direction) in ["from the guest", "to the guest"].into_iter().enumerate() {
+        for (way, direction) in ways.iter().map(|way| (*way as usize, way.name())) {
             let Some(reference) = medians.first().map(|median| median[way]) else { continue };
             for (number, contestant) in here.iter().enumerate().skip(1) {
                 let (median, bound, all) = (medians[number], bounds[number], &speeds[number]);

@@ -178,11 +178,44 @@ pub struct Load {
     pub repeats: usize,
     /// Connections at a time.
     pub streams: u32,
+    /// Which ways, in turn.
+    pub ways: &'static [Way],
 }
 
 impl Default for Load {
     fn default() -> Load {
-        Load { seconds: IPERF_SECONDS, repeats: 1, streams: 1 }
+        Load { seconds: IPERF_SECONDS, repeats: 1, streams: 1, ways: &Way::BOTH }
+    }
+}
+
+/// Where bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// The guest sends.
+    FromGuest,
+    /// The guest receives.
+    ToGuest,
+}
+
+impl Way {
+    /// One after the other.
+    pub const BOTH: [Way; 2] = [Way::FromGuest, Way::ToGuest];
+
+    /// In words.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Way::FromGuest => "from the guest",
+            Way::ToGuest => "to the guest",
+        }
+    }
+
+    /// What iperf3 in the guest is told.
+    fn option(self) -> &'static str {
+        match self {
+            Way::FromGuest => "",
+            Way::ToGuest => "--reverse",
+        }
     }
 }
 
@@ -191,7 +224,7 @@ impl Default for Load {
 /// # Errors
 /// It fails, or carries nothing.
 pub fn throughput(machine: &mut Machine, logs: &Logs, load: &Load) -> Result<[Vec<f64>; 2], GuestError> {
-    let Load { seconds, repeats, streams } = load;
+    let Load { seconds, repeats, streams, ways } = load;
     let mut speeds = [Vec::new(), Vec::new()];
     let mut command = Command::new("iperf3");
     command.args(["--server", "--forceflush", "--bind", &HOST_ADDRESS.to_string()]);
@@ -200,20 +233,20 @@ pub fn throughput(machine: &mut Machine, logs: &Logs, load: &Load) -> Result<[Ve
         server.check_running()?;
         Ok(logs.read("iperf3").contains("Server listening"))
     })?;
-    for turn in 0..repeats * 2 {
-        let (way, option) = [("from the guest", ""), ("to the guest", "--reverse")][turn % 2];
+    for way in ways.repeat(*repeats) {
+        let (name, option) = (way.name(), way.option());
         let command =
             format!("/programs/iperf3 --client {HOST_ADDRESS} --time {seconds} --parallel {streams} --json {option}");
         let output = machine.run(&command)?;
         let bits = serde_json::from_str::<serde_json::Value>(&output)
             .ok()
             .and_then(|report| report.pointer("/end/sum_received/bits_per_second")?.as_f64())
-            .ok_or_else(|| GuestError::Check(format!("iperf3 {way}: no result in {output}")))?;
+            .ok_or_else(|| GuestError::Check(format!("iperf3 {name}: no result in {output}")))?;
         // Not a speed: a connection that opens and then carries nothing.
         if bits <= 0.0 {
-            return Err(GuestError::Check(format!("iperf3 {way}: nothing was carried")));
+            return Err(GuestError::Check(format!("iperf3 {name}: nothing was carried")));
         }
-        speeds[turn % 2].push(bits / 1e6);
+        speeds[way as usize].push(bits / 1e6);
     }
     Ok(speeds)
 }
