@@ -113,7 +113,7 @@ fn allowed(figures: &serde_json::Value, pages: f64, invalidations: f64) -> Optio
     Some(BLOCK_BITS / busy_ns * 1e3)
 }
 
-/// What 64 KiB really took: buffers begin and end within pages, and a buffer that is received into is unmapped by itself.
+/// What 64 KiB really took: buffers begin and end within pages, and each that is received into is unmapped by itself.
 struct Needs {
     pages: f64,
     invalidations: f64,
