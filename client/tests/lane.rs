@@ -300,6 +300,35 @@ fn a_chain_does_not_fall_with_its_neighbour() {
 }
 
 #[test]
+fn a_denial_counts_also_when_some_of_the_request_has_come() {
+    let mut stage = Stage::new();
+    stage.post_at(&[page(20), page(20) + PAGE_SIZE], 0);
+    assert_eq!(stage.run(), Step::Missing);
+    let requests = asked(&stage.daemon);
+    assert_eq!(pages(&requests), [page(20)], "both pages in one request");
+    stage.daemon.map(page(20), PAGE_SIZE, page(20), Access::READ);
+    assert_eq!((stage.run(), asked(&stage.daemon)), (Step::Missing, vec![]), "it is still under way for the second");
+    say(&stage.daemon, requests[0], Answer::Denied);
+    assert_eq!((stage.run(), stage.run()), (Step::Again, Step::Again));
+    assert_eq!((stage.used(), asked(&stage.daemon)), (vec![0], vec![]));
+}
+
+#[test]
+fn a_denial_is_not_lost_in_the_wait_for_a_wish() {
+    let mut stage = Stage::new();
+    // The page that the first chain reads is written by the second, which is waited for as well.
+    stage.post_at(&[page(20)], 0);
+    stage.post_at(&[page(20)], WRITE);
+    stage.post_at(&[page(30)], 0);
+    assert_eq!(stage.run(), Step::Missing);
+    let requests = asked(&stage.daemon);
+    assert_eq!(pages(&requests), [page(20), page(20), page(30)]);
+    requests.into_iter().for_each(|request| say(&stage.daemon, request, Answer::Denied));
+    assert_eq!(stage.wait(), Some(Step::Again));
+    assert_eq!((stage.run(), stage.used()), (Step::Missing, vec![0]), "the first chain went back");
+}
+
+#[test]
 fn a_packet_in_several_buffers_passes_over_a_denied_one_at_once() {
     let mut stage = Stage::new();
     for buffer in 0..5 {

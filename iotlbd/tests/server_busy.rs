@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use iotlb_client::{Access, Answer, AttachOptions, Attachment};
 use iotlb_proto::iova::PAGE_SIZE;
-use iotlb_proto::sync::{AtomicU32, Ordering};
+use iotlb_proto::sync::{AtomicBool, AtomicU32, Ordering};
 use server_support::{Running, started_front_end, watchdog};
 
 /// Where the child finds the server.
@@ -17,6 +17,8 @@ const PLANT: &str = "IOTLBD_TEST_CHILD_PLANT";
 /// Exit status of a child whose thread was killed.
 const KILLED: i32 = 7;
 const MISSES: u64 = 500;
+/// Requests that one thread has under way.
+const ASKED: usize = 64;
 /// A page the front-end sends by itself when it starts.
 const IOVA: u64 = 0x2_0000 + 2 * PAGE_SIZE;
 
@@ -32,6 +34,42 @@ fn with_busy_polling_a_miss_makes_no_system_call() {
     assert_eq!(run_child(&server, true).code(), Some(KILLED), "the planted system call went unnoticed");
     drop(front_end);
     server.stop();
+}
+
+#[test]
+fn a_worker_that_never_stops_asking_hides_nobody() {
+    for busy_poll in [false, true] {
+        let _watchdog = watchdog();
+        let server = Running::start_with(|config| config.busy_poll = busy_poll);
+        let front_end = started_front_end(&server.front_end());
+        let asking = Attachment::connect(&server.control(), &AttachOptions::default()).expect("attach");
+        let over = AtomicBool::new(false);
+        let answers = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut reader = asking.reader().expect("a reader");
+                // So many that one is always there to be taken up. When the daemon ends there are no more answers.
+                let mut asked = Vec::new();
+                while !over.load(Ordering::SeqCst) {
+                    while asked.len() < ASKED
+                        && let Ok(ticket) = reader.request(IOVA, 8, Access::READ)
+                    {
+                        asked.push(ticket);
+                    }
+                    asked.retain_mut(|ticket| reader.poll(ticket).is_none());
+                    answers.fetch_add(1, Ordering::SeqCst);
+                }
+            });
+            while answers.load(Ordering::SeqCst) < 1_000 {
+                std::thread::yield_now();
+            }
+            // Both are seen only by looking at their descriptors.
+            drop(Attachment::connect(&server.control(), &AttachOptions::default()).expect("another worker attaches"));
+            drop(front_end);
+            server.stop();
+            over.store(true, Ordering::SeqCst);
+        });
+    }
 }
 
 fn run_child(server: &Running, plant: bool) -> ExitStatus {

@@ -188,7 +188,11 @@ fn main() {
     let ways: &[Way] = match std::env::var("IOTLBD_GUEST_WAY").as_deref() {
         Ok("from") => &[Way::FromGuest],
         Ok("to") => &[Way::ToGuest],
-        _ => &Way::BOTH,
+        Err(_) => &Way::BOTH,
+        Ok(other) => {
+            eprintln!("IOTLBD_GUEST_WAY={other}: it is `from` or `to` the guest, or not set for both");
+            std::process::exit(2);
+        }
     };
     let load = checks::Load { seconds, streams, repeats: REPEATS, ways };
     let mut contestants = vec![

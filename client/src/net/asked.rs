@@ -2,7 +2,7 @@
 
 use iotlb_proto::iova::{PAGE_SHIFT, PAGE_SIZE};
 
-use crate::queue::vring::{Miss, MissSet};
+use crate::queue::vring::{Miss, MissPlace, MissSet};
 use crate::{Access, Answer, Reader, RequestError, ResolveError, Ticket};
 
 /// How long a miss may take. Below half of the time after which the daemon revokes a stalled reader, although nobody
@@ -16,7 +16,16 @@ const PAGES_WAITED_FOR: u64 = 8;
 /// Requests without an answer.
 #[derive(Debug, Default)]
 pub(super) struct Asked {
-    tickets: Vec<(Miss, Ticket)>,
+    requests: Vec<Request>,
+}
+
+#[derive(Debug)]
+struct Request {
+    /// What it is for.
+    miss: Miss,
+    /// What it stood in the way of when it was made. `None`: it is a wish, perhaps of several chains.
+    required_by: Option<MissPlace>,
+    ticket: Ticket,
 }
 
 /// How a wait ended.
@@ -45,16 +54,19 @@ pub(super) enum Refusal {
 }
 
 impl Refusal {
-    /// What an answer to the request `asked` means for `miss`, if it is a refusal. A request that went beyond `miss`,
-    /// because it was made for chains behind as well, may have been denied for what lies there: such a denial says
-    /// nothing yet, and `miss` is asked for by itself.
-    fn of(answer: Answer, asked: &Miss, miss: &Miss) -> Option<Refusal> {
+    /// What an answer to `request` means for what `set` needs, if it is a refusal of that. A wish that went beyond what
+    /// is needed may have been denied for what lies there: such a denial says nothing yet, and what is needed is asked
+    /// for by itself.
+    fn of(answer: Answer, request: &Request, set: &MissSet) -> Option<Refusal> {
+        let Miss { iova, access, .. } = request.miss;
+        let mut needed = set.required().iter().filter(|miss| miss.range().overlaps(request.miss.range()));
         match answer {
-            Answer::Denied | Answer::Invalid if answers(miss, asked) => {
-                Some(Refusal::Denied { iova: asked.iova, access: miss.access })
+            Answer::Resolved => None,
+            Answer::Denied | Answer::Invalid => {
+                let counts = |miss: &Miss| request.required_by == Some(set.place) || answers(miss, &request.miss);
+                needed.any(counts).then_some(Refusal::Denied { iova, access })
             }
-            Answer::Resolved | Answer::Denied | Answer::Invalid => None,
-            Answer::TimedOut | Answer::Stopped => Some(Refusal::Unanswered),
+            Answer::TimedOut | Answer::Stopped => needed.next().map(|_| Refusal::Unanswered),
         }
     }
 }
@@ -68,23 +80,20 @@ impl Asked {
     /// Whether something was refused that `set` needs, as far as answers have come. Says so once: what was refused
     /// may be asked for again.
     pub(super) fn take_refusal(&mut self, reader: &mut Reader, set: &MissSet) -> Option<Refusal> {
-        for miss in &set.misses[..set.required] {
-            let refusal = self.tickets.iter_mut().enumerate().find_map(|(at, (asked, ticket))| {
-                let answer = reader.poll(ticket).filter(|_| asked.range().overlaps(miss.range()))?;
-                Some((at, Refusal::of(answer, asked, miss)?))
-            });
-            if let Some((at, refusal)) = refusal {
-                self.tickets.swap_remove(at);
-                return Some(refusal);
-            }
-        }
-        None
+        let refused = self.requests.iter_mut().enumerate().find_map(|(at, request)| {
+            let answer = reader.poll(&mut request.ticket)?;
+            Some((at, Refusal::of(answer, request, set)?))
+        });
+        refused.map(|(at, refusal)| {
+            self.requests.swap_remove(at);
+            refusal
+        })
     }
 
-    /// Forgets what was answered, denials included: those of a set's required pages are to be taken before, and what
-    /// was only a wish is asked for again when its turn comes.
+    /// Forgets what was answered, denials included: those of what a set needs are to be taken before, and what was only
+    /// a wish is asked for again when its turn comes.
     pub(super) fn forget_answered(&mut self, reader: &mut Reader) {
-        self.tickets.retain_mut(|(_, ticket)| reader.poll(ticket).is_none());
+        self.requests.retain_mut(|request| reader.poll(&mut request.ticket).is_none());
     }
 
     /// Asks, in one batch, for all of `set` that was not asked for yet.
@@ -97,9 +106,15 @@ impl Asked {
     /// See [`Reader::request_all`].
     pub(super) fn ask(&mut self, reader: &mut Reader, set: &MissSet) -> Result<(), RequestError> {
         let mut new = Vec::new();
-        set.misses.iter().for_each(|miss| self.add_unasked(miss, &mut new));
+        set.required().iter().for_each(|miss| self.add_unasked(miss, &mut new));
+        let required = new.len();
+        set.misses[set.required..].iter().for_each(|miss| self.add_unasked(miss, &mut new));
         let tickets = reader.request_all(new.iter().map(|miss| (miss.iova, miss.len, miss.access)))?;
-        self.tickets.extend(new.into_iter().zip(tickets));
+        self.requests.extend(new.into_iter().zip(tickets).enumerate().map(|(number, (miss, ticket))| Request {
+            miss,
+            required_by: (number < required).then_some(set.place),
+            ticket,
+        }));
         Ok(())
     }
 
@@ -112,17 +127,17 @@ impl Asked {
         let count = awaited(set, &outstanding);
         let mut waited = Waited::Nothing;
         // From the last on: answers come in order, so this mostly sleeps once.
-        for (number, miss) in set.misses[..count].iter().enumerate().rev() {
+        for miss in set.misses[..count].iter().rev() {
             while let Some(at) = self.overlapping(miss) {
                 waited = Waited::Answered;
-                let (asked, mut ticket) = self.tickets.swap_remove(at);
-                let refusal = match reader.wait(&mut ticket, MISS_TIMEOUT_MS) {
-                    Ok(answer) => Refusal::of(answer, &asked, miss),
+                let mut request = self.requests.swap_remove(at);
+                // Of what is needed, not only of what is waited for: it may be both.
+                let refusal = match reader.wait(&mut request.ticket, MISS_TIMEOUT_MS) {
+                    Ok(answer) => Refusal::of(answer, &request, set),
                     Err(error @ (ResolveError::DaemonDead | ResolveError::Revoked)) => return Err(error),
-                    Err(_) => Some(Refusal::Unanswered),
+                    Err(_) => Refusal::of(Answer::TimedOut, &request, set),
                 };
-                // A wish is asked for again when its turn comes.
-                if let Some(refusal) = refusal.filter(|_| number < set.required) {
+                if let Some(refusal) = refusal {
                     return Ok(Waited::Refused(refusal));
                 }
             }
@@ -132,8 +147,12 @@ impl Asked {
 
     /// Adds those parts of `miss` to `new` that no request is out for.
     fn add_unasked(&self, miss: &Miss, new: &mut Vec<Miss>) {
-        let near: Vec<&Miss> =
-            self.tickets.iter().map(|(asked, _)| asked).filter(|asked| asked.range().overlaps(miss.range())).collect();
+        let near: Vec<&Miss> = self
+            .requests
+            .iter()
+            .map(|asked| &asked.miss)
+            .filter(|asked| asked.range().overlaps(miss.range()))
+            .collect();
         if near.is_empty() {
             new.push(*miss);
             return;
@@ -152,7 +171,7 @@ impl Asked {
     }
 
     fn overlapping(&self, miss: &Miss) -> Option<usize> {
-        self.tickets.iter().rposition(|(asked, _)| asked.range().overlaps(miss.range()))
+        self.requests.iter().rposition(|request| request.miss.range().overlaps(miss.range()))
     }
 }
 

@@ -236,7 +236,7 @@ impl Lane {
             let rejected = match self.reject.take() {
                 // Of another set-up of the ring there is nothing to reject.
                 Some(chain) if chain.queue_generation == queue_generation => {
-                    self.reject(chain.position, &guard, &record, features)
+                    self.reject(chain, &guard, &record, features)
                 }
                 _ => Done::default(),
             };
@@ -261,7 +261,11 @@ impl Lane {
             None if done.chains > 0 => Ok(Step::Again),
             None if self.ready && self.kick.is_none() => Ok(Step::Later(Instant::now() + POLL_PAUSE)),
             None => Ok(Step::Idle),
-            Some(RingFault::Stopped) => Ok(Step::Resting),
+            Some(RingFault::Stopped) => {
+                // What the ring wanted says nothing of the one that is set up next, whose positions may be the same.
+                self.asked = Asked::default();
+                Ok(Step::Resting)
+            }
             Some(RingFault::Remapping) => {
                 if reader.wait_mapped(REMAP_TIMEOUT_MS) {
                     return Ok(Step::Again);
@@ -289,11 +293,16 @@ impl Lane {
     }
 
     /// Gives the chain back whose addresses were denied, and those in front that were to hold the same packet.
-    fn reject(&mut self, position: u16, guard: &Guard<'_>, record: &QueueRecord, features: u64) -> Done {
+    fn reject(&mut self, chain: Rejected, guard: &Guard<'_>, record: &QueueRecord, features: u64) -> Done {
         let mut done = Done::default();
-        if let Ok(mut burst) = self.ring.begin(guard, record, features) {
-            done.chains = burst.reject_through(position).map_or(0, u64::from);
-            done.call = burst.publish();
+        match self.ring.begin(guard, record, features) {
+            Ok(mut burst) => {
+                done.chains = burst.reject_through(chain.position).map_or(0, u64::from);
+                done.call = burst.publish();
+            }
+            // Later, when the tables are there again.
+            Err(RingFault::Miss(_) | RingFault::Remapping) => self.reject = Some(chain),
+            Err(RingFault::Stopped | RingFault::Broken(_)) => {}
         }
         done
     }

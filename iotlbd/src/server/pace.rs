@@ -12,13 +12,16 @@ const WINDOW_MIN_NS: u64 = 8_000;
 /// A yield that took this long gave the processor to somebody who wants it for long: this time the loop goes to sleep.
 /// The next time it polls again, since whom it yielded to may be whom it waits for.
 const CROWDED_NS: u64 = 20_000;
-/// Rounds of polling from one yield and look at all descriptors to the next. In between only those are looked at where
-/// work is expected: the front-end's socket and the workers' cells. A yield and such a look cost as much as the rest of
-/// a round, which would be added to half of all answers; eight rounds are some six microseconds.
+/// Rounds of polling from one yield and look at all descriptors to the next, while nothing comes. In between only those
+/// are looked at where work is expected: the front-end's socket and the workers' cells. A yield and such a look cost as
+/// much as the rest of a round, which would be added to half of all answers; eight rounds are some six microseconds.
 const LOOK_EVERY: u32 = 8;
 /// The round of these that yields. Not one of the first after work: whoever is awake and was answered just now has more
 /// to say within three microseconds. Nor later: whoever waits for this processor, for the same reason, has waited long.
 const LOOK_AT: u32 = 5;
+/// Rounds without such a look at most, whatever comes: who keeps the loop at work must not hide all others from it. The
+/// end of a worker is seen there, and the order to stop.
+const UNSEEN_MAX: u32 = 32;
 
 /// What to do when there is nothing to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +57,8 @@ pub(crate) struct Pace {
     crowded: bool,
     /// Rounds polled since there was work.
     rounds: u32,
+    /// Rounds since all descriptors were looked at.
+    unseen: u32,
 }
 
 impl Pace {
@@ -64,7 +69,7 @@ impl Pace {
             (false, 0 | 1) => Mode::Sleepy,
             (false, _) => Mode::Adaptive,
         };
-        Pace { mode, window_ns: 0, idle_since_ns: None, crowded: false, rounds: 0 }
+        Pace { mode, window_ns: 0, idle_since_ns: None, crowded: false, rounds: 0, unseen: 0 }
     }
 
     /// Whether the loop never sleeps.
@@ -101,11 +106,17 @@ impl Pace {
             Mode::Sleepy => false,
         };
         if !polls {
+            self.unseen = 0;
             return Idle::Sleep;
         }
-        let everything = self.rounds % LOOK_EVERY == LOOK_AT;
+        self.unseen += 1;
+        let everything = self.rounds % LOOK_EVERY == LOOK_AT || self.unseen >= UNSEEN_MAX;
         self.rounds = self.rounds.wrapping_add(1);
-        if everything { Idle::PollAll } else { Idle::Poll }
+        if !everything {
+            return Idle::Poll;
+        }
+        self.unseen = 0;
+        Idle::PollAll
     }
 
     fn polled_in_vain(&mut self) {
@@ -178,6 +189,21 @@ mod tests {
             let rounds: Vec<bool> = (0..2 * LOOK_EVERY + 1).map(|_| pace.idle(1_100) == Idle::PollAll).collect();
             let expected: Vec<bool> = (0..2 * LOOK_EVERY + 1).map(|n| [5, 13].contains(&n)).collect();
             assert_eq!(rounds, expected);
+        }
+    }
+
+    #[test]
+    fn work_in_every_round_does_not_hide_the_other_descriptors() {
+        for busy_poll in [false, true] {
+            let mut pace = Pace::new(busy_poll, 2);
+            work(&mut pace, 0, 500);
+            let looks = (1..=10 * u64::from(UNSEEN_MAX)).filter(|round| {
+                let look = pace.idle(round * 1_000);
+                assert_ne!(look, Idle::Sleep, "busy: {busy_poll}, round {round}");
+                pace.worked(round * 1_000 + 500);
+                look == Idle::PollAll
+            });
+            assert_eq!(looks.count(), 10, "busy: {busy_poll}");
         }
     }
 

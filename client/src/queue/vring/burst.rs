@@ -139,18 +139,23 @@ impl<'g, M: RingMemory + ?Sized> Burst<'g, M> {
 
     /// Completes the chain at `position`, whose pages were denied, with nothing written and without looking at its
     /// buffers; those in front of it as well, since `used.idx` is all that the ring keeps of its position, and chains
-    /// leave in order. Returns how many there were: none if that chain is not among those that are posted.
+    /// leave in order. Returns how many there were: none if that chain is not among those that are posted, fewer if the
+    /// driver broke the ring half way, which the next call says.
     ///
     /// # Errors
     ///
-    /// [`RingFault::Broken`].
+    /// [`RingFault::Broken`], and nothing was completed.
     pub fn reject_through(&mut self, position: u16) -> Result<u16, RingFault> {
         let count = position.wrapping_sub(self.state.next_used).wrapping_add(1);
         if !(1..=self.posted()?).contains(&count) {
             return Ok(0);
         }
-        for _ in 0..count {
-            self.reject_next()?;
+        for done in 0..count {
+            match self.reject_next() {
+                Ok(_) => {}
+                Err(_) if done > 0 => return Ok(done),
+                Err(fault) => return Err(fault),
+            }
         }
         Ok(count)
     }

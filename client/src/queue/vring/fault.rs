@@ -51,6 +51,14 @@ pub struct MissSet {
     pub place: MissPlace,
 }
 
+impl MissSet {
+    /// Those that stand in the way.
+    #[must_use]
+    pub fn required(&self) -> &[Miss] {
+        &self.misses[..self.required.min(self.misses.len())]
+    }
+}
+
 /// What the driver did that no driver may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Broken {

@@ -433,6 +433,39 @@ fn a_denied_chain_takes_those_in_front_along_and_none_behind() {
 }
 
 #[test]
+fn chains_are_rejected_across_the_end_of_the_positions() {
+    let memory = memory(1);
+    memory.resolve_everything();
+    let mut driver = Driver::new(&memory, 4, DESC, AVAIL, USED, u16::MAX - 1);
+    let heads = [DATA, DATA, 0xdead_0000, DATA].map(|iova| driver.post(&[writable(iova, 64)]).expect("room"));
+    let mut ring = Vring::default();
+    let mut burst = begin(&mut ring, &memory, &driver);
+    for position in [u16::MAX - 2, 2] {
+        assert_eq!(burst.reject_through(position), Ok(0), "{position}");
+    }
+    assert_eq!(burst.reject_through(0), Ok(3));
+    assert_eq!(burst.posted(), Ok(1));
+    let _ = burst.publish();
+    assert_eq!(driver.collect(), [0, 1, 2].map(|number| (heads[number], 0)));
+}
+
+#[test]
+fn what_was_rejected_before_the_ring_broke_counts() {
+    let memory = memory(1);
+    memory.resolve_everything();
+    let mut driver = driver(&memory, 4);
+    let good = driver.post(&[writable(DATA, 64)]).expect("room");
+    driver.post_head(99);
+    let mut ring = Vring::default();
+    let mut burst = begin(&mut ring, &memory, &driver);
+    assert_eq!(burst.reject_through(1), Ok(1));
+    let _ = burst.publish();
+    drop(burst);
+    assert_eq!(driver.collect(), [(good, 0)]);
+    assert_eq!(ring.broken(), Some(Broken::Head { head: 99, size: 4 }));
+}
+
+#[test]
 fn remapping_is_passed_on_and_consumes_nothing() {
     let memory = memory(1);
     memory.resolve_everything();

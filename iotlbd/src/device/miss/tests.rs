@@ -154,6 +154,7 @@ fn check(misses: &Misses) {
             assert_eq!(interest, 1, "page {page:#x} knows its waiter");
         }
     }
+    assert!(misses.flights.iter().is_sorted_by(|a, b| a.number < b.number), "messages in flight are out of order");
     let places = misses.turns.all();
     let queued: BTreeSet<u64> = places.iter().map(|(_, page)| *page).collect();
     assert_eq!(queued.len(), places.len(), "a page is queued twice");
