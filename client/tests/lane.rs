@@ -314,6 +314,20 @@ fn a_denial_counts_also_when_some_of_the_request_has_come() {
 }
 
 #[test]
+fn a_denial_counts_beside_a_page_that_nobody_answers() {
+    for waited in [false, true] {
+        let mut stage = Stage::new();
+        stage.post(2);
+        assert_eq!(stage.run(), Step::Missing);
+        let requests = asked(&stage.daemon);
+        say(&stage.daemon, requests[0], Answer::TimedOut);
+        say(&stage.daemon, requests[1], Answer::Denied);
+        let step = if waited { stage.wait().expect("something is missing") } else { stage.run() };
+        assert_eq!((step, stage.run(), stage.used()), (Step::Again, Step::Again, vec![0]), "waited: {waited}");
+    }
+}
+
+#[test]
 fn a_denial_is_not_lost_in_the_wait_for_a_wish() {
     let mut stage = Stage::new();
     // The page that the first chain reads is written by the second, which is waited for as well.

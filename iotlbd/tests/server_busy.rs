@@ -63,12 +63,22 @@ fn a_worker_that_never_stops_asking_hides_nobody() {
             while answers.load(Ordering::SeqCst) < 1_000 {
                 std::thread::yield_now();
             }
+            let end = End(&over);
             // Both are seen only by looking at their descriptors.
             drop(Attachment::connect(&server.control(), &AttachOptions::default()).expect("another worker attaches"));
             drop(front_end);
             server.stop();
-            over.store(true, Ordering::SeqCst);
+            drop(end);
         });
+    }
+}
+
+/// Ends the asking, also when the test fails.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
     }
 }
 

@@ -58,13 +58,16 @@ impl Refusal {
     /// is needed may have been denied for what lies there: such a denial says nothing yet, and what is needed is asked
     /// for by itself.
     fn of(answer: Answer, request: &Request, set: &MissSet) -> Option<Refusal> {
-        let Miss { iova, access, .. } = request.miss;
         let mut needed = set.required().iter().filter(|miss| miss.range().overlaps(request.miss.range()));
         match answer {
             Answer::Resolved => None,
             Answer::Denied | Answer::Invalid => {
-                let counts = |miss: &Miss| request.required_by == Some(set.place) || answers(miss, &request.miss);
-                needed.any(counts).then_some(Refusal::Denied { iova, access })
+                // Nor does a request for more than what is wanted there by now.
+                let counts = |miss: &&Miss| {
+                    let is_for_it = request.required_by == Some(set.place) || miss.range().covers(request.miss.range());
+                    is_for_it && miss.access.allows(request.miss.access)
+                };
+                needed.find(counts).map(|miss| Refusal::Denied { iova: request.miss.iova, access: miss.access })
             }
             Answer::TimedOut | Answer::Stopped => needed.next().map(|_| Refusal::Unanswered),
         }
@@ -77,17 +80,16 @@ fn answers(asked: &Miss, miss: &Miss) -> bool {
 }
 
 impl Asked {
-    /// Whether something was refused that `set` needs, as far as answers have come. Says so once: what was refused
-    /// may be asked for again.
+    /// Whether something was refused that `set` needs, as far as answers have come. A denial comes first: what it says
+    /// is final, whatever else has no answer. Says so once: what was refused may be asked for again.
     pub(super) fn take_refusal(&mut self, reader: &mut Reader, set: &MissSet) -> Option<Refusal> {
-        let refused = self.requests.iter_mut().enumerate().find_map(|(at, request)| {
+        let refusals = self.requests.iter_mut().enumerate().filter_map(|(at, request)| {
             let answer = reader.poll(&mut request.ticket)?;
             Some((at, Refusal::of(answer, request, set)?))
         });
-        refused.map(|(at, refusal)| {
-            self.requests.swap_remove(at);
-            refusal
-        })
+        let (at, refusal) = refusals.min_by_key(|(_, refusal)| *refusal == Refusal::Unanswered)?;
+        self.requests.swap_remove(at);
+        Some(refusal)
     }
 
     /// Forgets what was answered, denials included: those of what a set needs are to be taken before, and what was only
@@ -137,8 +139,13 @@ impl Asked {
                     Err(error @ (ResolveError::DaemonDead | ResolveError::Revoked)) => return Err(error),
                     Err(_) => Refusal::of(Answer::TimedOut, &request, set),
                 };
-                if let Some(refusal) = refusal {
-                    return Ok(Waited::Refused(refusal));
+                match refusal {
+                    None => {}
+                    Some(Refusal::Unanswered) => {
+                        let denied = self.take_refusal(reader, set);
+                        return Ok(Waited::Refused(denied.unwrap_or(Refusal::Unanswered)));
+                    }
+                    Some(refusal) => return Ok(Waited::Refused(refusal)),
                 }
             }
         }
