@@ -107,10 +107,11 @@ impl Asked {
     /// # Errors
     /// See [`Reader::request_all`].
     pub(super) fn ask(&mut self, reader: &mut Reader, set: &MissSet) -> Result<(), RequestError> {
+        let (required, wishes) = set.misses.split_at(set.required().len());
         let mut new = Vec::new();
-        set.required().iter().for_each(|miss| self.add_unasked(miss, &mut new));
+        required.iter().for_each(|miss| self.add_unasked(miss, &mut new));
         let required = new.len();
-        set.misses[set.required..].iter().for_each(|miss| self.add_unasked(miss, &mut new));
+        wishes.iter().for_each(|miss| self.add_unasked(miss, &mut new));
         let tickets = reader.request_all(new.iter().map(|miss| (miss.iova, miss.len, miss.access)))?;
         self.requests.extend(new.into_iter().zip(tickets).enumerate().map(|(number, (miss, ticket))| Request {
             miss,
