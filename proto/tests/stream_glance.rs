@@ -31,7 +31,7 @@ fn messages(numbers: std::ops::Range<u64>) -> Vec<u8> {
 /// The next message's number.
 fn next(stream: &mut MessageStream) -> u64 {
     match stream.receive() {
-        Ok(Received::Message { payload, .. }) => u64::from_le_bytes(payload.try_into().expect("eight bytes")),
+        Ok(Received::Message { payload, .. }) => u64::from_le_bytes(payload[..].try_into().expect("eight bytes")),
         other => panic!("{other:?} instead of a message"),
     }
 }

@@ -33,7 +33,7 @@ impl Device {
         let pieces = match self.memory.split_user(message.user_address, range.len_minus_one()) {
             Some(pieces) if !message.access.is_none() => pieces,
             _ => {
-                job.parts.push_back(Part::Remove { range });
+                job.parts.push(Part::Remove { range });
                 self.refuse_update(&mut job, message);
                 return Ok(job);
             }
@@ -43,10 +43,10 @@ impl Device {
             let first = range.first() + piece.offset;
             let Some(range) = IovaRange::new(first, first + piece.len_minus_one) else { continue };
             match piece.arena {
-                Some(target) => job.parts.push_back(Part::Insert { range, target, access: message.access }),
+                Some(target) => job.parts.push(Part::Insert { range, target, access: message.access }),
                 None => {
                     refused = true;
-                    job.parts.push_back(Part::Remove { range });
+                    job.parts.push(Part::Remove { range });
                 }
             }
         }

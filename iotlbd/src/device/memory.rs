@@ -12,6 +12,7 @@ use iotlb_proto::table::writer::TARGET_LIMIT;
 use iotlb_proto::vhost_user::MemoryRegion;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
+use smallvec::SmallVec;
 
 /// Most regions at a time, and what GET_MAX_MEM_SLOTS answers. Each costs every worker a mapping and a descriptor.
 pub(super) const REGIONS_MAX: usize = 64;
@@ -195,9 +196,9 @@ impl Memory {
     }
 
     /// Splits the user addresses `first..=first + len_minus_one` at the borders of regions; `None` when they wrap.
-    pub(super) fn split_user(&self, first: u64, len_minus_one: u64) -> Option<Vec<Piece>> {
+    pub(super) fn split_user(&self, first: u64, len_minus_one: u64) -> Option<SmallVec<[Piece; 1]>> {
         let last = first.checked_add(len_minus_one)?;
-        let mut pieces = Vec::new();
+        let mut pieces = SmallVec::new();
         let mut at = first;
         for region in &self.regions {
             if region.user_last() < at || region.user_address > last {

@@ -5,11 +5,10 @@
 //! by a translation that goes in the next slice. A reader may find that one anyway, up to the grace period, and that
 //! begins after the last slice.
 
-use std::collections::VecDeque;
-
 use iotlb_proto::access::Access;
 use iotlb_proto::iova::IovaRange;
 use iotlb_proto::table::TargetRemoval;
+use smallvec::SmallVec;
 
 use super::memory::{Plan, Region};
 use super::ring::USED_INDEX;
@@ -75,7 +74,10 @@ pub(super) struct Job {
     pub(super) memory: Option<Plan>,
     /// Publish guest memory as it is (no IOMMU) once the memory stands.
     pub(super) identity: bool,
-    pub(super) parts: VecDeque<Part>,
+    /// What is to be published: nearly always one.
+    pub(super) parts: SmallVec<[Part; 1]>,
+    /// How many of these are done.
+    pub(super) published: usize,
     pub(super) attempts: u8,
     /// Ask for the pages of started rings when done.
     pub(super) ask_rings: bool,
@@ -92,7 +94,8 @@ impl Job {
             removal: None,
             memory: None,
             identity: false,
-            parts: VecDeque::new(),
+            parts: SmallVec::new(),
+            published: 0,
             attempts: 0,
             ask_rings: false,
             close: None,
@@ -256,7 +259,7 @@ impl Device {
 
     fn publish(&mut self, job: &mut Job) -> Step {
         let mut parts = 0;
-        while let Some(part) = job.parts.front().copied() {
+        while let Some(part) = job.parts.get(job.published).copied() {
             if parts == PARTS_PER_SLICE {
                 return Step::More;
             }
@@ -283,7 +286,7 @@ impl Device {
                 },
             }
             job.attempts = 0;
-            job.parts.pop_front();
+            job.published += 1;
             parts += 1;
         }
         Step::Next(Stage::Settle)

@@ -89,19 +89,16 @@ impl EventLoop {
     }
 
     fn reply(&mut self, request: u32, payload: ReplyPayload) {
-        let bytes = match payload {
-            ReplyPayload::U64(value) => reply_u64(request, value),
-            ReplyPayload::VringState { index, num } => reply_vring_state(request, VringState { index, num }),
+        let Some(front_end) = &mut self.front_end else { return };
+        match payload {
+            ReplyPayload::U64(value) => front_end.put(&reply_u64(request, value)),
+            ReplyPayload::VringState { index, num } => {
+                front_end.put(&reply_vring_state(request, VringState { index, num }));
+            }
             ReplyPayload::Bytes(bytes) => match reply_bytes(request, &bytes) {
-                Ok(bytes) => bytes,
-                Err(error) => {
-                    warn!("a reply cannot be sent: {error}");
-                    return;
-                }
+                Ok(bytes) => front_end.put(&bytes),
+                Err(error) => warn!("a reply cannot be sent: {error}"),
             },
-        };
-        if let Some(front_end) = &mut self.front_end {
-            front_end.put(&bytes);
         }
     }
 

@@ -19,6 +19,7 @@ use nix::sys::socket::{GetSockOpt, MsgFlags, SetSockOpt, recv};
 use nix::{getsockopt_impl, setsockopt_impl, sockopt_impl};
 
 use super::ancillary;
+use super::payload::Payload;
 use crate::vhost_user::header::{HEADER_LEN, Header, HeaderError, Incoming};
 use crate::vhost_user::iotlb::IOTLB_LEN;
 
@@ -74,11 +75,11 @@ impl Glance {
     }
 
     /// The next whole message, if one was seen. It counts as handed out.
-    pub(super) fn next(&mut self, incoming: Incoming) -> Result<Option<(Header, Vec<u8>)>, HeaderError> {
+    pub(super) fn next(&mut self, incoming: Incoming) -> Result<Option<(Header, Payload)>, HeaderError> {
         let Some((head, rest)) = self.rest().split_first_chunk::<HEADER_LEN>() else { return Ok(None) };
         let header = Header::parse(head, incoming)?;
         let Some(payload) = rest.get(..header.size as usize) else { return Ok(None) };
-        let payload = payload.to_vec();
+        let payload = Payload::copy_of(payload);
         self.handed_out += HEADER_LEN + payload.len();
         self.messages += 1;
         Ok(Some((header, payload)))

@@ -6,8 +6,11 @@ pub mod address;
 mod ancillary;
 mod glance;
 pub mod packet;
+mod payload;
+mod send_queue;
 pub mod stream;
 
 pub use address::AddressError;
 pub use packet::{PacketError, PacketListener, PacketSocket, ReceivedPacket};
+pub use payload::Payload;
 pub use stream::{MessageStream, Received, StreamError, StreamListener};

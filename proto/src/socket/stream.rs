@@ -13,7 +13,6 @@
 //! Messages out are sent at once, or put together ([`MessageStream::put`]) and sent in one go: to wake up a peer costs
 //! more than to send it another message.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -25,13 +24,10 @@ use nix::poll::PollFlags;
 use super::address::{self, AddressError, Kind};
 use super::ancillary;
 use super::glance::Glance;
+use super::payload::Payload;
+use super::send_queue::SendQueue;
+pub use super::send_queue::{OUTGOING_BYTES_MAX, OUTGOING_FDS_MAX};
 use crate::vhost_user::header::{FDS_MAX, HEADER_LEN, Header, HeaderError, Incoming};
-
-/// Most bytes that wait to be sent. A peer that reads nothing for that long has stopped: 64 KiB are some 1,500 IOTLB
-/// messages, on top of the 200 or so that fit the socket itself.
-pub const OUTGOING_BYTES_MAX: usize = 64 * 1024;
-/// Most descriptors that wait to be sent: a few memory tables.
-pub const OUTGOING_FDS_MAX: usize = 4 * FDS_MAX;
 
 /// What [`MessageStream::receive`] found.
 #[derive(Debug)]
@@ -41,7 +37,7 @@ pub enum Received {
         /// Its header, with a payload length that is `payload`'s.
         header: Header,
         /// Its payload.
-        payload: Vec<u8>,
+        payload: Payload,
         /// The descriptors that came with it, close-on-exec, at most [`FDS_MAX`].
         fds: Vec<OwnedFd>,
     },
@@ -116,7 +112,7 @@ struct Partial {
     head: [u8; HEADER_LEN],
     header: Option<Header>,
     /// As long as the header announces, once there is one.
-    payload: Vec<u8>,
+    payload: Payload,
     /// Bytes filled: of `head` while there is no header, of `payload` after.
     filled: usize,
     fds: Vec<OwnedFd>,
@@ -139,15 +135,6 @@ fn unseen(result: Result<(), Errno>) -> Result<Option<Received>, StreamError> {
     }
 }
 
-/// A message, or the rest of one, that waits to be sent.
-#[derive(Debug)]
-struct Unsent {
-    bytes: Vec<u8>,
-    sent: usize,
-    /// Emptied when the first byte has gone.
-    fds: Vec<OwnedFd>,
-}
-
 /// One end of a vhost-user channel.
 #[derive(Debug)]
 pub struct MessageStream {
@@ -156,9 +143,7 @@ pub struct MessageStream {
     /// `None`: the system cannot show what is in the socket and keep the place, so messages are received one by one.
     glance: Option<Glance>,
     partial: Partial,
-    outgoing: VecDeque<Unsent>,
-    outgoing_bytes: usize,
-    outgoing_fds: usize,
+    outgoing: SendQueue,
     broken: bool,
 }
 
@@ -188,9 +173,7 @@ impl MessageStream {
             fd,
             incoming,
             partial: Partial::default(),
-            outgoing: VecDeque::new(),
-            outgoing_bytes: 0,
-            outgoing_fds: 0,
+            outgoing: SendQueue::default(),
             broken: false,
         }
     }
@@ -300,7 +283,7 @@ impl MessageStream {
                 partial.header = Some(header);
                 partial.filled = 0;
                 // At most PAYLOAD_MAX: the header was checked.
-                partial.payload = vec![0; header.size as usize];
+                partial.payload = Payload::zeroed(header.size as usize);
             }
         }
     }
@@ -311,7 +294,7 @@ impl MessageStream {
     /// # Errors
     ///
     /// As [`MessageStream::receive`]; also [`StreamError::TimedOut`] and [`StreamError::Closed`].
-    pub fn receive_blocking(&mut self, timeout_ms: u32) -> Result<(Header, Vec<u8>, Vec<OwnedFd>), StreamError> {
+    pub fn receive_blocking(&mut self, timeout_ms: u32) -> Result<(Header, Payload, Vec<OwnedFd>), StreamError> {
         let (mut came, mut since, mut was_last) = (0, Instant::now(), false);
         loop {
             match self.receive()? {
@@ -349,11 +332,7 @@ impl MessageStream {
         if self.broken {
             return Err(StreamError::Broken);
         }
-        let room = self.outgoing_bytes + bytes.len() <= OUTGOING_BYTES_MAX
-            && self.outgoing_fds + fds.len() <= OUTGOING_FDS_MAX;
-        if !room {
-            return Err(StreamError::OutgoingFull { bytes: self.outgoing_bytes, fds: self.outgoing_fds });
-        }
+        self.outgoing.has_room(bytes.len(), fds.len())?;
         let mut sent = 0;
         if self.outgoing.is_empty() {
             sent = match ancillary::send(self.fd.as_fd(), bytes, fds) {
@@ -375,9 +354,7 @@ impl MessageStream {
                 }
             }
         }
-        self.outgoing_bytes += bytes.len() - sent;
-        self.outgoing_fds += waiting.len();
-        self.outgoing.push_back(Unsent { bytes: bytes[sent..].to_vec(), sent: 0, fds: waiting });
+        self.outgoing.push(&bytes[sent..], waiting);
         Ok(())
     }
 
@@ -394,14 +371,8 @@ impl MessageStream {
         if self.broken {
             return Err(StreamError::Broken);
         }
-        if self.outgoing_bytes + bytes.len() > OUTGOING_BYTES_MAX {
-            return Err(StreamError::OutgoingFull { bytes: self.outgoing_bytes, fds: self.outgoing_fds });
-        }
-        self.outgoing_bytes += bytes.len();
-        match self.outgoing.back_mut() {
-            Some(last) if last.fds.is_empty() => last.bytes.extend_from_slice(bytes),
-            _ => self.outgoing.push_back(Unsent { bytes: bytes.to_vec(), sent: 0, fds: Vec::new() }),
-        }
+        self.outgoing.has_room(bytes.len(), 0)?;
+        self.outgoing.put(bytes);
         Ok(())
     }
 
@@ -420,25 +391,8 @@ impl MessageStream {
         if self.broken && self.wants_write() {
             return Err(StreamError::Broken);
         }
-        while let Some(unsent) = self.outgoing.front_mut() {
-            let fds: Vec<BorrowedFd<'_>> = unsent.fds.iter().map(AsFd::as_fd).collect();
-            match ancillary::send(self.fd.as_fd(), &unsent.bytes[unsent.sent..], &fds) {
-                Ok(sent) => {
-                    unsent.sent += sent;
-                    self.outgoing_bytes -= sent;
-                    if sent > 0 {
-                        self.outgoing_fds -= unsent.fds.len();
-                        unsent.fds.clear();
-                    }
-                    if unsent.sent == unsent.bytes.len() {
-                        self.outgoing.pop_front();
-                    }
-                }
-                Err(Errno::EAGAIN) => break,
-                Err(error) => return Err(self.send_failed(error)),
-            }
-        }
-        Ok(())
+        let sent = self.outgoing.flush(self.fd.as_fd());
+        sent.map_err(|error| self.send_failed(error))
     }
 
     /// Sends a message, waiting at most `timeout_ms` whenever the peer does not read. For front-ends and tests.
@@ -461,7 +415,6 @@ impl MessageStream {
         // What waits can never be sent; half a message must not be followed by another. What the peer has sent before
         // it went can still be received.
         self.outgoing.clear();
-        (self.outgoing_bytes, self.outgoing_fds) = (0, 0);
         match error {
             Errno::EPIPE | Errno::ECONNRESET | Errno::ENOTCONN => StreamError::Closed,
             error => {

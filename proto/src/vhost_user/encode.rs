@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use super::codec::{CONFIG_MAX, CONFIG_PREFIX_LEN, REGION_LEN, REGION_PREFIX_LEN, REGIONS_MAX, VRING_NO_FD};
 use super::header::{BACKEND_IOTLB_MSG, HEADER_LEN, Header, PAYLOAD_MAX};
-use super::iotlb::{IOTLB_SIZE, IotlbMessage};
+use super::iotlb::{IOTLB_LEN, IOTLB_SIZE, IotlbMessage};
 use super::message::{MemoryRegion, Request, VringFd, VringState};
 
 /// Why a message cannot be written.
@@ -33,6 +33,9 @@ pub enum EncodeError {
         size: usize,
     },
 }
+
+/// Bytes of a reply that is a number.
+pub const REPLY_LEN: usize = HEADER_LEN + 8;
 
 /// A request ready to be sent: the bytes of the message, and the descriptors that go with it.
 #[derive(Debug)]
@@ -63,14 +66,17 @@ fn message(request: u32, header: impl FnOnce(u32) -> Header, payload: &[u8]) -> 
 
 /// A reply that is a number; also every acknowledgement, where 0 means success.
 #[must_use]
-pub fn reply_u64(request: u32, value: u64) -> Vec<u8> {
-    [&Header::reply(request, 8).to_bytes()[..], &value.to_ne_bytes()].concat()
+pub fn reply_u64(request: u32, value: u64) -> [u8; REPLY_LEN] {
+    joined(Header::reply(request, 8), value.to_ne_bytes())
 }
 
 /// A reply that names a ring and a number (GET_VRING_BASE).
 #[must_use]
-pub fn reply_vring_state(request: u32, state: VringState) -> Vec<u8> {
-    [&Header::reply(request, 8).to_bytes()[..], &state.index.to_ne_bytes(), &state.num.to_ne_bytes()].concat()
+pub fn reply_vring_state(request: u32, state: VringState) -> [u8; REPLY_LEN] {
+    let mut payload = [0; 8];
+    payload[..4].copy_from_slice(&state.index.to_ne_bytes());
+    payload[4..].copy_from_slice(&state.num.to_ne_bytes());
+    joined(Header::reply(request, 8), payload)
 }
 
 /// A reply of any bytes (GET_CONFIG, GET_INFLIGHT_FD), complete with their inner header.
@@ -84,9 +90,17 @@ pub fn reply_bytes(request: u32, payload: &[u8]) -> Result<Vec<u8>, EncodeError>
 
 /// An IOTLB message for the back-end channel.
 #[must_use]
-pub fn backend_iotlb(iotlb: &IotlbMessage, need_reply: bool) -> Vec<u8> {
-    let header = Header::request(BACKEND_IOTLB_MSG, IOTLB_SIZE, need_reply);
-    [&header.to_bytes()[..], &iotlb.to_bytes()].concat()
+pub fn backend_iotlb(iotlb: &IotlbMessage, need_reply: bool) -> [u8; HEADER_LEN + IOTLB_LEN] {
+    joined(Header::request(BACKEND_IOTLB_MSG, IOTLB_SIZE, need_reply), iotlb.to_bytes())
+}
+
+/// A whole message: most of them have a length that is known.
+fn joined<const PAYLOAD: usize, const WHOLE: usize>(header: Header, payload: [u8; PAYLOAD]) -> [u8; WHOLE] {
+    const { assert!(WHOLE == HEADER_LEN + PAYLOAD) };
+    let mut bytes = [0; WHOLE];
+    bytes[..HEADER_LEN].copy_from_slice(&header.to_bytes());
+    bytes[HEADER_LEN..].copy_from_slice(&payload);
+    bytes
 }
 
 /// Writes a request as a front-end sends it. What [`decode`](super::codec::decode) makes of it is `request` again, if
