@@ -251,7 +251,11 @@ impl Misses {
             return;
         }
         let first = range.first() & !PAGE_MASK;
-        let touched: SmallVec<[u64; 1]> = self.pages.range(first..=range.last()).map(|(page, _)| *page).collect();
+        let touched: SmallVec<[u64; 1]> = match range.last() - first {
+            // As nearly all are.
+            ..PAGE_SIZE => self.pages.contains_key(&first).then_some(first).into_iter().collect(),
+            _ => self.pages.range(first..=range.last()).map(|(page, _)| *page).collect(),
+        };
         self.note_time(&touched, to.now_ns);
         for page in touched {
             self.recheck(page, to);
@@ -497,7 +501,7 @@ impl Misses {
         let Some(entry) = self.pages.get_mut(&page) else { return };
         self.silent.remove(&page);
         if let State::Queued(place) = entry.state {
-            self.turns.leave(place, page);
+            self.turns.leave(place);
         }
         let Some(owner) = entry.waiters.first().and_then(|i| self.waiters.get(&i.waiter)).map(Waiter::owner) else {
             self.pages.remove(&page);

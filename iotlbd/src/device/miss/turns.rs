@@ -1,6 +1,6 @@
 //! Who is served next: one queue of pages a worker, and the device's own, one page of each in turn.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Bound;
 
 use crate::device::WorkerId;
@@ -22,10 +22,45 @@ impl Place {
     }
 }
 
-/// The queues. None of them is empty.
+/// Places that were left are swept out when there are this many more of them than pages: seldom enough that each place
+/// pays for one look at another.
+const LEFT_MAX: usize = 64;
+
+/// One owner's pages.
+#[derive(Debug, Default)]
+struct Queue {
+    /// In the order they came. A place that was left has no page any more.
+    places: VecDeque<(u64, Option<u64>)>,
+    /// How many have one.
+    pages: usize,
+}
+
+impl Queue {
+    fn leave(&mut self, order: u64) {
+        let Ok(at) = self.places.binary_search_by_key(&order, |place| place.0) else { return };
+        if self.places.get_mut(at).and_then(|place| place.1.take()).is_some() {
+            self.pages -= 1;
+        }
+        if self.places.len() > 2 * self.pages + LEFT_MAX {
+            self.places.retain(|place| place.1.is_some());
+        }
+    }
+
+    fn pop(&mut self) -> Option<u64> {
+        while let Some((_, page)) = self.places.pop_front() {
+            if page.is_some() {
+                self.pages -= 1;
+                return page;
+            }
+        }
+        None
+    }
+}
+
+/// The queues. None of them is without a page.
 #[derive(Debug, Default)]
 pub(super) struct Turns {
-    queues: BTreeMap<Owner, BTreeSet<(u64, u64)>>,
+    queues: BTreeMap<Owner, Queue>,
     served_last: Option<Owner>,
     next_order: u64,
 }
@@ -35,32 +70,37 @@ impl Turns {
     pub(super) fn join(&mut self, owner: Owner, page: u64) -> Place {
         let order = self.next_order;
         self.next_order += 1;
-        self.queues.entry(owner).or_default().insert((order, page));
+        let queue = self.queues.entry(owner).or_default();
+        queue.places.push_back((order, Some(page)));
+        queue.pages += 1;
         Place { owner, order }
     }
 
-    /// Takes `page` out of its place.
-    pub(super) fn leave(&mut self, place: Place, page: u64) {
+    /// Takes the page at `place` out.
+    pub(super) fn leave(&mut self, place: Place) {
         let Some(queue) = self.queues.get_mut(&place.owner) else { return };
-        queue.remove(&(place.order, page));
-        if queue.is_empty() {
+        queue.leave(place.order);
+        if queue.pages == 0 {
             self.queues.remove(&place.owner);
         }
     }
 
     /// Takes out the first page of the queue whose turn it is.
     pub(super) fn next(&mut self) -> Option<u64> {
+        if self.queues.is_empty() {
+            return None;
+        }
         let after = self.served_last.and_then(|last| {
             self.queues.range((Bound::Excluded(last), Bound::Unbounded)).next().map(|(owner, _)| *owner)
         });
         let owner = after.or_else(|| self.queues.first_key_value().map(|(owner, _)| *owner))?;
         let queue = self.queues.get_mut(&owner)?;
-        let (_, page) = queue.pop_first()?;
-        if queue.is_empty() {
+        let page = queue.pop();
+        if queue.pages == 0 {
             self.queues.remove(&owner);
         }
         self.served_last = Some(owner);
-        Some(page)
+        page
     }
 
     /// Whether nobody waits.
@@ -73,10 +113,14 @@ impl Turns {
 impl Turns {
     /// Every page and its place.
     pub(super) fn all(&self) -> Vec<(Place, u64)> {
-        assert!(self.queues.values().all(|queue| !queue.is_empty()), "an empty queue");
-        let places = |(owner, queue): (&Owner, &BTreeSet<(u64, u64)>)| {
+        for queue in self.queues.values() {
+            let pages = queue.places.iter().filter(|place| place.1.is_some()).count();
+            assert!(pages > 0 && pages == queue.pages, "{queue:?}");
+        }
+        let places = |(owner, queue): (&Owner, &Queue)| {
             let owner = *owner;
-            queue.iter().map(move |&(order, page)| (Place { owner, order }, page)).collect::<Vec<_>>()
+            let page = |&(order, page): &(u64, Option<u64>)| Some((Place { owner, order }, page?));
+            queue.places.iter().filter_map(page).collect::<Vec<_>>()
         };
         self.queues.iter().flat_map(places).collect()
     }
@@ -107,11 +151,26 @@ mod tests {
         let place = turns.join(owner, 7);
         assert_eq!(place.owner(), owner);
         turns.join(owner, 8);
-        turns.leave(place, 7);
+        turns.leave(place);
         turns.join(owner, 7);
         // Twice is once.
-        turns.leave(place, 7);
+        turns.leave(place);
         assert_eq!([turns.next(), turns.next(), turns.next()], [Some(8), Some(7), None]);
         assert!(turns.is_empty());
+    }
+
+    #[test]
+    fn places_that_were_left_do_not_pile_up() {
+        let mut turns = Turns::default();
+        let owner = Some(WorkerId(1));
+        turns.join(owner, 1);
+        let mut last = turns.join(owner, 2);
+        for page in 3..10_000 {
+            turns.leave(last);
+            last = turns.join(owner, page);
+            let queue = &turns.queues[&owner];
+            assert!(queue.pages == 2 && queue.places.len() <= 2 * 2 + LEFT_MAX, "{} places", queue.places.len());
+        }
+        assert_eq!([turns.next(), turns.next(), turns.next()], [Some(1), Some(9_999), None]);
     }
 }
