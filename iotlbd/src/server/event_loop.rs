@@ -77,6 +77,8 @@ pub(crate) struct EventLoop {
     pub(super) pace: Pace,
     /// Workers were asked to ring.
     doorbell_wanted: bool,
+    /// The loop slept before this round.
+    slept: bool,
     /// Last: when it goes, workers take the daemon for dead.
     _liveness: LivenessOwner,
 }
@@ -163,6 +165,7 @@ impl EventLoop {
             worked: false,
             pace,
             doorbell_wanted: false,
+            slept: false,
             _liveness: owner,
         })
     }
@@ -209,6 +212,7 @@ impl EventLoop {
     /// Waits for what is to be done next: polls or sleeps.
     fn wait(&mut self, now: u64, ready: &mut Vec<Ready>) -> Result<(), ServerError> {
         self.watch_room();
+        self.slept = false;
         let idle = if self.busy { Idle::PollAll } else { self.pace.idle(now) };
         if idle == Idle::Sleep || now.saturating_sub(self.heard_ns) > LEFT_NS {
             self.put_away();
@@ -234,6 +238,7 @@ impl EventLoop {
             Idle::Sleep => {
                 let sleep = self.prepare_sleep()?;
                 self.poller.wait(sleep, ready).map_err(loop_error("wait"))?;
+                self.slept = sleep;
             }
         }
         if std::mem::take(&mut self.doorbell_wanted) {
@@ -333,6 +338,7 @@ impl EventLoop {
 
     fn carry_on(&mut self) {
         let mut requests = 0;
+        let mut seen_ns = None;
         loop {
             while let Some(action) = self.device.next_action() {
                 self.carry_out(action);
@@ -341,13 +347,14 @@ impl EventLoop {
                 return;
             }
             if self.look_at_readers() {
+                seen_ns = None;
                 continue;
             }
             if requests == REQUESTS_PER_ROUND {
                 self.busy = true;
                 return;
             }
-            if !self.next_request() {
+            if !self.next_request(&mut seen_ns) {
                 return;
             }
             requests += 1;
@@ -397,10 +404,12 @@ impl EventLoop {
         }
     }
 
-    /// Feeds the device one request; returns whether there was one.
-    fn next_request(&mut self) -> bool {
+    /// Feeds the device one request; returns whether there was one. `seen_ns` is when the one before was seen, if no
+    /// reader was waited for since.
+    fn next_request(&mut self, seen_ns: &mut Option<u64>) -> bool {
         let accepts = self.device.accepts_requests();
-        if !self.front_end.as_ref().is_some_and(FrontEnd::has_request) {
+        let is_here = self.front_end.as_ref().is_some_and(FrontEnd::has_request);
+        if !is_here {
             // Now, because it takes a while to find out that there is none.
             self.send_out();
         }
@@ -414,7 +423,17 @@ impl EventLoop {
                 Event::FrontEndLost { reason }
             }
         };
-        let now = now_ns();
+        if std::mem::take(&mut self.slept) && !front_end.has_request() {
+            // Where the loop slept, so does the front-end behind its message. To take that wakes it up (which is why it
+            // is not done while the loop polls): by the time it runs the answer is there.
+            front_end.put_away();
+        }
+        // Messages that were seen together came at the same time, unless readers were waited for in between.
+        let now = match *seen_ns {
+            Some(seen) if is_here => seen,
+            _ => now_ns(),
+        };
+        *seen_ns = Some(now);
         self.heard_ns = now;
         match &event {
             Event::Request { request: Request::GetVringBase { .. }, .. } => self.note_progress(),
