@@ -19,6 +19,7 @@ use iotlb_proto::worker::{Answer, WorkerSegment};
 use iotlb_tests::bench::measure::Shuffle;
 use iotlb_tests::bench::peers::PAGE;
 use iotlb_tests::bench::rig::{self, Rig};
+use iotlb_tests::bench::session::{BATCH, Session};
 
 /// Live entries behind every path: the middle size of the other benchmarks.
 const ENTRIES: u64 = 2_048;
@@ -33,7 +34,7 @@ const SLACK: f64 = 0.05;
 type Run = fn(usize, &Path);
 
 /// Name, which is also part of the counted function's name, and what runs it.
-const PATHS: [(&str, Run); 8] = [
+const PATHS: [(&str, Run); 11] = [
     ("lookup", with_reader::<0>),
     ("translate", with_reader::<1>),
     ("pin_unpin", with_reader::<2>),
@@ -42,6 +43,9 @@ const PATHS: [(&str, Run); 8] = [
     ("remove", |count, _| edit(count, false)),
     ("miss_post", |count, _| miss(count, true)),
     ("miss_answer", |count, _| miss(count, false)),
+    ("update_message", |count, _| messages(count, true)),
+    ("invalidate_message", |count, _| messages(count, false)),
+    ("missed_page", |count, _| missed_pages(count)),
 ];
 
 fn main() {
@@ -219,4 +223,59 @@ fn counted_miss_answer(daemon: &WorkerSegment, worker: &WorkerSegment, ticket: u
         assert!(!daemon.cells[usize::from(cell)].store_answer(request.ticket, Answer::Resolved));
     });
     assert_eq!(worker.cells[70].answer(ticket), Some(Answer::Resolved));
+}
+
+/// Messages of the front-end, from the socket to the acknowledgement. Pages of one node come and go.
+fn messages(count: usize, updates: bool) {
+    let mut session = Session::start().expect("a device");
+    for _ in 0..count / BATCH {
+        session.send_updates().expect("room");
+        if updates {
+            counted_update_message(&mut session);
+        } else {
+            session.answer(BATCH).expect("updates");
+        }
+        session.acknowledged(BATCH).expect("acknowledged");
+        session.send_invalidations().expect("room");
+        if updates {
+            session.answer(BATCH).expect("invalidations");
+        } else {
+            counted_invalidate_message(&mut session);
+        }
+        session.acknowledged(BATCH).expect("acknowledged");
+    }
+}
+
+#[inline(never)]
+fn counted_update_message(session: &mut Session) {
+    session.answer(BATCH).expect("updates");
+}
+
+#[inline(never)]
+fn counted_invalidate_message(session: &mut Session) {
+    session.answer(BATCH).expect("invalidations");
+}
+
+/// Pages of a worker's misses, from the posted cell to its answer, the front-end's UPDATE included.
+fn missed_pages(count: usize) {
+    let mut session = Session::start().expect("a device");
+    for ticket in 0..u32::try_from(count / BATCH).expect("thousands") {
+        // Here already, so that only the daemon's work is counted.
+        session.send_updates().expect("room");
+        counted_missed_page(&mut session, ticket);
+        session.acknowledged(BATCH).expect("acknowledged");
+        session.send_invalidations().expect("room");
+        session.answer(BATCH).expect("invalidations");
+        session.acknowledged(BATCH).expect("acknowledged");
+    }
+}
+
+#[inline(never)]
+fn counted_missed_page(session: &mut Session, ticket: u32) {
+    session.miss(ticket);
+    let (misses, _) = session.carry_out().expect("misses");
+    assert_eq!(misses, BATCH);
+    session.answer(BATCH).expect("updates");
+    session.reply();
+    session.carry_out().expect("no more");
 }

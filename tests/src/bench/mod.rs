@@ -8,6 +8,7 @@
 //! - [`peers`]: what others use to translate: `vm_memory::Iotlb`, a B-tree, plain memory.
 //! - [`daemon`]: what the daemon answers, and how fast.
 //! - [`rig`]: a real daemon, a simulated front-end and an attached worker.
+//! - [`session`]: a device behind a stream, without the loop around it.
 //! - [`child`]: the benchmark program started once more, as a neighbour or as a daemon.
 
 pub mod chart;
@@ -19,3 +20,4 @@ pub mod measure;
 pub mod peers;
 pub mod report;
 pub mod rig;
+pub mod session;
