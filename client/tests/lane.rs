@@ -300,6 +300,25 @@ fn a_chain_does_not_fall_with_its_neighbour() {
 }
 
 #[test]
+fn what_an_earlier_ring_asked_for_says_nothing_of_a_chain_at_the_same_place() {
+    let mut stage = Stage::new();
+    stage.post_at(&[page(20), page(20) + PAGE_SIZE], 0);
+    assert_eq!(stage.run(), Step::Missing);
+    let former = asked(&stage.daemon);
+    assert_eq!(pages(&former), [page(20)], "both pages in one request");
+    // Set up anew before the lane saw it stop, with a chain that needs the first of them only.
+    (stage.descriptors, stage.chains) = (0, 0);
+    stage.post_at(&[page(20)], 0);
+    start_rings(&stage.daemon, &[record(0)]);
+    assert_eq!(stage.run(), Step::Missing);
+    let requests = asked(&stage.daemon);
+    say(&stage.daemon, former[0], Answer::Denied);
+    assert_eq!(pages(&requests), [page(20)], "asked for by itself");
+    answer(&stage.daemon, requests[0]);
+    assert_eq!((stage.run(), stage.backlog.len()), (Step::Again, 1));
+}
+
+#[test]
 fn a_denial_counts_also_when_some_of_the_request_has_come() {
     let mut stage = Stage::new();
     stage.post_at(&[page(20), page(20) + PAGE_SIZE], 0);

@@ -17,6 +17,8 @@ const PAGES_WAITED_FOR: u64 = 8;
 #[derive(Debug, Default)]
 pub(super) struct Asked {
     requests: Vec<Request>,
+    /// Queue records were these.
+    queue_generation: u64,
 }
 
 #[derive(Debug)]
@@ -96,6 +98,14 @@ impl Asked {
     /// a wish is asked for again when its turn comes.
     pub(super) fn forget_answered(&mut self, reader: &mut Reader) {
         self.requests.retain_mut(|request| reader.poll(&mut request.ticket).is_none());
+    }
+
+    /// Forgets what was asked for under other queue records: what a ring that was set up since has at the same place may
+    /// need less.
+    pub(super) fn keep_of(&mut self, queue_generation: u64) {
+        if self.queue_generation != queue_generation {
+            *self = Asked { requests: Vec::new(), queue_generation };
+        }
     }
 
     /// Asks, in one batch, for all of `set` that was not asked for yet.

@@ -110,8 +110,6 @@ pub struct Lane {
     asked: Asked,
     /// What the last run missed.
     missing: Option<Missing>,
-    /// That was not waited for yet.
-    wait_due: bool,
 }
 
 /// A chain that goes back unused.
@@ -129,6 +127,8 @@ struct Missing {
     set: MissSet,
     record: QueueRecord,
     queue_generation: u64,
+    /// It was not waited for yet.
+    wait_due: bool,
 }
 
 impl Lane {
@@ -147,7 +147,6 @@ impl Lane {
             reported: None,
             asked: Asked::default(),
             missing: None,
-            wait_due: false,
         }
     }
 
@@ -213,7 +212,6 @@ impl Lane {
             }
             self.rest = None;
         }
-        self.wait_due = false;
         if let Some(missing) = self.missing.take()
             && let Some(refusal) = self.asked.take_refusal(reader, &missing.set)
         {
@@ -223,6 +221,7 @@ impl Lane {
         let (done, record, queue_generation) = {
             let guard = reader.pin()?;
             let queue_generation = guard.queue_generation();
+            self.asked.keep_of(queue_generation);
             match self.rest {
                 Some(Rest::Broken { queue_generation: then } | Rest::Denied { queue_generation: then })
                     if then == queue_generation =>
@@ -261,11 +260,7 @@ impl Lane {
             None if done.chains > 0 => Ok(Step::Again),
             None if self.ready && self.kick.is_none() => Ok(Step::Later(Instant::now() + POLL_PAUSE)),
             None => Ok(Step::Idle),
-            Some(RingFault::Stopped) => {
-                // What the ring wanted says nothing of the one that is set up next, whose positions may be the same.
-                self.asked = Asked::default();
-                Ok(Step::Resting)
-            }
+            Some(RingFault::Stopped) => Ok(Step::Resting),
             Some(RingFault::Remapping) => {
                 if reader.wait_mapped(REMAP_TIMEOUT_MS) {
                     return Ok(Step::Again);
@@ -280,8 +275,7 @@ impl Lane {
             }
             Some(RingFault::Miss(set)) => match self.asked.ask(reader, &set) {
                 Ok(()) => {
-                    self.missing = Some(Missing { set, record, queue_generation });
-                    self.wait_due = true;
+                    self.missing = Some(Missing { set, record, queue_generation, wait_due: true });
                     Ok(Step::Missing)
                 }
                 Err(RequestError::DaemonDead) => Err(Lost::DaemonDead),
@@ -319,13 +313,11 @@ impl Lane {
     ///
     /// See [`Lost`].
     pub fn wait(&mut self, reader: &mut Reader) -> Result<Option<Step>, Lost> {
-        if !std::mem::take(&mut self.wait_due) {
-            return Ok(None);
-        }
-        let Some(missing) = self.missing.take() else { return Ok(None) };
+        let Some(mut missing) = self.missing.take_if(|missing| missing.wait_due) else { return Ok(None) };
         let step = match self.asked.wait(reader, &missing.set) {
             Ok(Waited::Answered) => {
                 // The next run looks for what was refused of the rest.
+                missing.wait_due = false;
                 self.missing = Some(missing);
                 Step::Again
             }
