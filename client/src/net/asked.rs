@@ -100,8 +100,8 @@ impl Asked {
         self.requests.retain_mut(|request| reader.poll(&mut request.ticket).is_none());
     }
 
-    /// Forgets what was asked for under other queue records: what a ring that was set up since has at the same place may
-    /// need less.
+    /// Forgets what was asked for under other queue records: what a ring that was set up since has at the same place
+    /// may need less.
     pub(super) fn keep_of(&mut self, queue_generation: u64) {
         if self.queue_generation != queue_generation {
             *self = Asked { requests: Vec::new(), queue_generation };
