@@ -262,7 +262,9 @@ fn missed_pages(count: usize) {
     for ticket in 0..u32::try_from(count / BATCH).expect("thousands") {
         // Here already, so that only the daemon's work is counted.
         session.send_updates().expect("room");
+        let resolved = session.resolved();
         counted_missed_page(&mut session, ticket);
+        assert_eq!(session.resolved(), resolved + 1);
         session.acknowledged(BATCH).expect("acknowledged");
         session.send_invalidations().expect("room");
         session.answer(BATCH).expect("invalidations");
@@ -273,8 +275,7 @@ fn missed_pages(count: usize) {
 #[inline(never)]
 fn counted_missed_page(session: &mut Session, ticket: u32) {
     session.miss(ticket);
-    let (misses, _) = session.carry_out().expect("misses");
-    assert_eq!(misses, BATCH);
+    assert_eq!(session.carry_out().expect("misses"), BATCH);
     session.answer(BATCH).expect("updates");
     session.reply();
     session.carry_out().expect("no more");

@@ -430,7 +430,7 @@ impl EventLoop {
         }
         // Messages that were seen together came at the same time, unless readers were waited for in between.
         let now = match *seen_ns {
-            Some(seen) if is_here => seen,
+            Some(seen) if is_here && accepts => seen,
             _ => now_ns(),
         };
         *seen_ns = Some(now);

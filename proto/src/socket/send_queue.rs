@@ -32,7 +32,7 @@ pub(super) struct SendQueue {
     queue: VecDeque<Unsent>,
     bytes: usize,
     fds: usize,
-    /// The buffer that was sent last, empty.
+    /// One that was sent, empty, for what comes next.
     spare: Vec<u8>,
 }
 
@@ -41,12 +41,12 @@ impl SendQueue {
         self.queue.is_empty()
     }
 
-    /// Whether there is room for a message.
+    /// Sees to it that there is room for a message.
     ///
     /// # Errors
     ///
     /// [`StreamError::OutgoingFull`].
-    pub(super) fn has_room(&self, bytes: usize, fds: usize) -> Result<(), StreamError> {
+    pub(super) fn check_room(&self, bytes: usize, fds: usize) -> Result<(), StreamError> {
         if self.bytes + bytes <= OUTGOING_BYTES_MAX && self.fds + fds <= OUTGOING_FDS_MAX {
             return Ok(());
         }
@@ -66,7 +66,9 @@ impl SendQueue {
     /// Adds a message without descriptors to what goes out in one call, if there is such.
     pub(super) fn put(&mut self, bytes: &[u8]) {
         match self.queue.back_mut() {
-            Some(last) if last.fds.is_empty() => {
+            // What was sent in part keeps its bytes until all have gone, so it must not grow: a peer that reads slowly
+            // could have it never go.
+            Some(last) if last.fds.is_empty() && last.sent == 0 => {
                 self.bytes += bytes.len();
                 last.bytes.extend_from_slice(bytes);
             }
@@ -107,5 +109,48 @@ impl SendQueue {
     /// Drops all of it.
     pub(super) fn clear(&mut self) {
         *self = SendQueue::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn what_a_slow_reader_got_is_not_kept() {
+        let (near, mut far) = UnixStream::pair().expect("a socket pair");
+        near.set_nonblocking(true).expect("a socket");
+        let mut queue = SendQueue::default();
+        let message = [7; 20];
+        // A reader that always leaves something to be sent.
+        for _ in 0..200_000 {
+            if queue.check_room(message.len(), 0).is_ok() {
+                queue.put(&message);
+            } else {
+                far.read_exact(&mut [0; 4096]).expect("bytes are there");
+            }
+            queue.flush(near.as_fd()).expect("the peer lives");
+        }
+        let kept: usize = queue.queue.iter().map(|unsent| unsent.bytes.len()).sum();
+        assert!(!queue.is_empty() && kept <= 2 * OUTGOING_BYTES_MAX, "{kept} bytes for {} to be sent", queue.bytes);
+    }
+
+    #[test]
+    fn messages_that_wait_go_out_together_and_in_order() {
+        let (near, mut far) = UnixStream::pair().expect("a socket pair");
+        let mut queue = SendQueue::default();
+        queue.put(b"one ");
+        queue.push(b"with ", vec![near.try_clone().expect("a descriptor").into()]);
+        queue.put(b"two ");
+        queue.put(b"three");
+        assert_eq!(queue.queue.len(), 3, "nothing joins what has descriptors");
+        queue.flush(near.as_fd()).expect("the peer lives");
+        assert_eq!((queue.is_empty(), queue.bytes, queue.fds), (true, 0, 0));
+        let mut all = [0; 18];
+        far.read_exact(&mut all).expect("bytes are there");
+        assert_eq!(&all, b"one with two three");
     }
 }

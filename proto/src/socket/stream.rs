@@ -6,9 +6,9 @@
 //!
 //! Small messages without descriptors, which is nearly all of them for hours, go another way: the socket's content is
 //! looked at without being taken (`glance`), handed out message by message, and taken when much has come together, or
-//! when the caller has nothing else to do ([`MessageStream::put_away`]). That is less work, and it has the answer sent
-//! *before* the question is taken: to take bytes out of a Unix socket wakes up a peer that sleeps on it, as there is
-//! room now, and a peer that waits for an answer would wake up in vain.
+//! when the caller says so ([`MessageStream::put_away`]). That is less work, and the answer can be sent *before* the
+//! question is taken: to take bytes out of a Unix socket wakes up a peer that sleeps on it, as there is room now, and a
+//! peer that waits for an answer would wake up in vain.
 //!
 //! Messages out are sent at once, or put together ([`MessageStream::put`]) and sent in one go: to wake up a peer costs
 //! more than to send it another message.
@@ -332,7 +332,7 @@ impl MessageStream {
         if self.broken {
             return Err(StreamError::Broken);
         }
-        self.outgoing.has_room(bytes.len(), fds.len())?;
+        self.outgoing.check_room(bytes.len(), fds.len())?;
         let mut sent = 0;
         if self.outgoing.is_empty() {
             sent = match ancillary::send(self.fd.as_fd(), bytes, fds) {
@@ -371,7 +371,7 @@ impl MessageStream {
         if self.broken {
             return Err(StreamError::Broken);
         }
-        self.outgoing.has_room(bytes.len(), 0)?;
+        self.outgoing.check_room(bytes.len(), 0)?;
         self.outgoing.put(bytes);
         Ok(())
     }

@@ -41,6 +41,8 @@ pub struct Session {
     device: Device,
     stream: MessageStream,
     front_end: UnixStream,
+    /// Misses of the worker that were resolved.
+    resolved: usize,
 }
 
 impl Session {
@@ -54,7 +56,7 @@ impl Session {
         let (features, protocol) = (config.features, config.protocol_features);
         let (front_end, far) = UnixStream::pair()?;
         let stream = MessageStream::from_fd(OwnedFd::from(far), Incoming::Requests)?;
-        let mut session = Session { device: Device::new(config, table), stream, front_end };
+        let mut session = Session { device: Device::new(config, table), stream, front_end, resolved: 0 };
         let memory = memfd_create("guest", MemfdFlags::CLOEXEC)?;
         ftruncate(&memory, MEMORY)?;
         let region = MemoryRegion { guest_address: 0, size: MEMORY, user_address: USER_ADDRESS, mmap_offset: 0 };
@@ -145,13 +147,18 @@ impl Session {
         self.device.handle(Event::MissReply { value: 0 }, NOW_NS);
     }
 
-    /// Carries out what the device wants. Returns how many MISS messages that were, and whether the worker's answer
-    /// was among it.
+    /// How many misses were resolved so far.
+    #[must_use]
+    pub fn resolved(&self) -> usize {
+        self.resolved
+    }
+
+    /// Carries out what the device wants. Returns how many MISS messages that were.
     ///
     /// # Errors
     /// A miss was not resolved, or a reply cannot be queued.
-    pub fn carry_out(&mut self) -> Result<(usize, bool), Box<dyn std::error::Error>> {
-        let (mut misses, mut resolved) = (0, false);
+    pub fn carry_out(&mut self) -> Result<usize, Box<dyn std::error::Error>> {
+        let mut misses = 0;
         loop {
             while let Some(action) = self.device.next_action() {
                 match action {
@@ -162,12 +169,12 @@ impl Session {
                         std::hint::black_box(backend_iotlb(&message, need_reply));
                         misses += 1;
                     }
-                    Action::AnswerMiss { answer: Answer::Resolved, .. } => resolved = true,
+                    Action::AnswerMiss { answer: Answer::Resolved, .. } => self.resolved += 1,
                     Action::AnswerMiss { answer, .. } => return Err(format!("a miss was answered {answer:?}").into()),
                     _ => {}
                 }
             }
-            let Some(epoch) = self.device.grace_target() else { return Ok((misses, resolved)) };
+            let Some(epoch) = self.device.grace_target() else { return Ok(misses) };
             // Nobody reads.
             self.device.handle(Event::GraceCompleted { epoch }, NOW_NS);
         }

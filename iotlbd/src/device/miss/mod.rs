@@ -129,7 +129,8 @@ pub(super) struct Misses {
     /// When the last page came that was asked for.
     came_ns: u64,
     /// How long the front-end was busy with each page, in nanoseconds: from the message, or from the page before if
-    /// that came later, since the front-end takes one after the other.
+    /// that came later, since the front-end takes one after the other. Of pages that were seen together the first has
+    /// all of the time.
     page_ns: Histogram<u64>,
 }
 

@@ -87,6 +87,7 @@ impl Turns {
 
     /// Takes out the first page of the queue whose turn it is.
     pub(super) fn next(&mut self) -> Option<u64> {
+        // As after nearly every event.
         if self.queues.is_empty() {
             return None;
         }
