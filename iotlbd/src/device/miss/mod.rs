@@ -12,6 +12,7 @@
 //!   channel does not read it. The rest waits in one queue a worker, served in turn.
 //! - Answers are read from the table: what a pending take has removed is not there, so it resolves nobody.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use hdrhistogram::Histogram;
@@ -342,6 +343,10 @@ impl Misses {
     /// Sends what may be sent. The caller saw to it that there is a channel, and calls this when everything that is
     /// known by now was told: what goes out together is a batch.
     pub(super) fn pump<T: Translations>(&mut self, to: &mut Surroundings<'_, T>) {
+        // After nearly every event, mostly in vain.
+        if self.turns.is_empty() {
+            return;
+        }
         let mut unreplied = 0;
         while self.flights.len() + self.silent.len() < IN_FLIGHT_MAX {
             let Some(page) = self.turns.next() else { break };
@@ -488,35 +493,49 @@ impl Misses {
                 continue;
             }
             let interest = Interest { waiter: id, joined: self.sent, denials: 0, attempts: 0 };
-            if let Some(entry) = self.pages.get_mut(&page) {
-                entry.waiters.push(interest);
-                continue;
+            match self.pages.entry(page) {
+                Entry::Occupied(mut entry) => entry.get_mut().waiters.push(interest),
+                Entry::Vacant(entry) => {
+                    let state = State::Queued(self.turns.join(owner, page));
+                    entry.insert(PageMiss { state, apart: false, waiters: smallvec![interest] });
+                }
             }
-            let state = State::Queued(self.turns.join(owner, page));
-            self.pages.insert(page, PageMiss { state, apart: false, waiters: smallvec![interest] });
         }
     }
 
     /// Puts a page (back) into the queue of its first waiter, or drops it when there is none.
     fn requeue(&mut self, page: u64) {
         let Some(entry) = self.pages.get_mut(&page) else { return };
+        let Some(owner) = entry.waiters.first().and_then(|i| self.waiters.get(&i.waiter)).map(Waiter::owner) else {
+            self.drop_page(page);
+            return;
+        };
         self.silent.remove(&page);
         if let State::Queued(place) = entry.state {
             self.turns.leave(place);
         }
-        let Some(owner) = entry.waiters.first().and_then(|i| self.waiters.get(&i.waiter)).map(Waiter::owner) else {
-            self.pages.remove(&page);
-            return;
-        };
         entry.state = State::Queued(self.turns.join(owner, page));
+    }
+
+    /// Nobody wants a page any more.
+    fn drop_page(&mut self, page: u64) {
+        let Some(gone) = self.pages.remove(&page) else { return };
+        self.silent.remove(&page);
+        if let State::Queued(place) = gone.state {
+            self.turns.leave(place);
+        }
     }
 
     /// Takes a waiter off a page, and drops the page when it was the last.
     fn detach(&mut self, id: u64, page: u64) {
         let Some(entry) = self.pages.get_mut(&page) else { return };
         entry.waiters.retain(|i| i.waiter != id);
+        if entry.waiters.is_empty() {
+            self.drop_page(page);
+            return;
+        }
         let keeps_owner = match entry.state {
-            State::Sent { .. } => !entry.waiters.is_empty(),
+            State::Sent { .. } => true,
             State::Queued(place) => entry
                 .waiters
                 .iter()

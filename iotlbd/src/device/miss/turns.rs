@@ -87,13 +87,13 @@ impl Turns {
 
     /// Takes out the first page of the queue whose turn it is.
     pub(super) fn next(&mut self) -> Option<u64> {
-        // As after nearly every event.
-        if self.queues.is_empty() {
-            return None;
-        }
-        let after = self.served_last.and_then(|last| {
-            self.queues.range((Bound::Excluded(last), Bound::Unbounded)).next().map(|(owner, _)| *owner)
-        });
+        let after = match self.queues.len() {
+            0 => return None,
+            1 => None,
+            _ => self.served_last.and_then(|last| {
+                self.queues.range((Bound::Excluded(last), Bound::Unbounded)).next().map(|(owner, _)| *owner)
+            }),
+        };
         let owner = after.or_else(|| self.queues.first_key_value().map(|(owner, _)| *owner))?;
         let queue = self.queues.get_mut(&owner)?;
         let page = queue.pop();
