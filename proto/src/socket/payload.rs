@@ -4,8 +4,8 @@ use std::ops::{Deref, DerefMut};
 
 use smallvec::{SmallVec, smallvec};
 
-/// Bytes that need no allocation: an IOTLB message, a number, a ring's addresses; only the
-/// configuration space, and memory tables of several regions, are longer.
+/// Bytes that need no allocation: an IOTLB message, a number, a ring's addresses; only the configuration space,
+/// and memory tables of several regions, are longer.
 const INLINE_MAX: usize = 64;
 
 /// Bytes of one message, without its header.
