@@ -33,7 +33,17 @@ impl Default for Spin {
 impl Spin {
     /// How long to spin in the wait that begins now.
     pub(crate) fn length(&self) -> Duration {
-        if self.skip == 0 { SPIN_MAX } else { Duration::ZERO }
+        if self.is_due() { SPIN_MAX } else { Duration::ZERO }
+    }
+
+    /// Whether the next wait begins with a spin.
+    pub(crate) fn is_due(&self) -> bool {
+        self.skip == 0
+    }
+
+    /// There was no wait, because it would not have begun with a spin.
+    pub(crate) fn went_without(&mut self) {
+        self.skip = self.skip.saturating_sub(1);
     }
 
     /// The wait is over.
@@ -73,6 +83,21 @@ mod tests {
         }
         spin.answered_after(SPIN_MAX);
         assert_eq!(spin.length(), SPIN_MAX, "one answer in time is enough");
+    }
+
+    #[test]
+    fn who_does_not_wait_without_a_spin_tries_again_as_well() {
+        let mut spin = Spin::default();
+        let mut tries = 0;
+        for _ in 0..10 * SKIP_MAX {
+            if spin.is_due() {
+                tries += 1;
+                spin.answered_after(2 * SPIN_MAX);
+            } else {
+                spin.went_without();
+            }
+        }
+        assert!((4..32).contains(&tries), "{tries} tries");
     }
 
     #[test]

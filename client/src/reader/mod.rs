@@ -92,6 +92,8 @@ pub struct Reader {
     /// What the translations of this pin keep.
     pieces: RefCell<Pieces>,
     spin: Spin,
+    /// For the end of a long request, once the rest is there.
+    end_spin: Spin,
 }
 
 impl Reader {
@@ -112,6 +114,7 @@ impl Reader {
             faults: Cell::new(0),
             pieces: RefCell::default(),
             spin: Spin::default(),
+            end_spin: Spin::default(),
         })
     }
 
@@ -316,6 +319,10 @@ impl Reader {
 
     pub(crate) fn spin(&mut self) -> &mut Spin {
         &mut self.spin
+    }
+
+    pub(crate) fn end_spin(&mut self) -> &mut Spin {
+        &mut self.end_spin
     }
 
     pub(crate) fn slot(&self) -> usize {

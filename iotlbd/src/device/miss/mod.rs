@@ -253,35 +253,39 @@ impl Misses {
             return;
         }
         let first = range.first() & !PAGE_MASK;
-        let touched: SmallVec<[u64; 1]> = match range.last() - first {
+        if range.last() - first < PAGE_SIZE {
             // As nearly all are.
-            ..PAGE_SIZE => self.pages.contains_key(&first).then_some(first).into_iter().collect(),
-            _ => self.pages.range(first..=range.last()).map(|(page, _)| *page).collect(),
-        };
-        self.note_time(&touched, to.now_ns);
+            self.note_time(first, to.now_ns);
+            self.page_appeared(first, to);
+            return;
+        }
+        let touched: Vec<u64> = self.pages.range(first..=range.last()).map(|(page, _)| *page).collect();
+        // Those that were seen together have one time.
+        let _ = touched.iter().any(|page| self.note_time(*page, to.now_ns));
         for page in touched {
-            self.recheck(page, to);
-            // Without replies nothing else says that the front-end is done with the page.
-            if self.silent.remove(&page) {
-                self.judge(page, 0, None, to);
-            }
+            self.page_appeared(page, to);
+        }
+    }
+
+    fn page_appeared<T: Translations>(&mut self, page: u64, to: &mut Surroundings<'_, T>) {
+        self.recheck(page, to);
+        // Without replies nothing else says that the front-end is done with the page.
+        if self.silent.remove(&page) {
+            self.judge(page, 0, None, to);
         }
     }
 
     /// Takes the time of an answer, if it is one to a message in flight.
-    fn note_time(&mut self, pages: &[u64], now_ns: u64) {
-        let sent = pages.iter().find_map(|page| match self.pages.get(page)?.state {
-            // They are in the order of their numbers.
-            State::Sent { number } => {
-                self.flights.binary_search_by_key(&number, |f| f.number).ok().map(|at| self.flights[at].sent_ns)
-            }
-            State::Queued(_) => None,
-        });
-        if let Some(sent_ns) = sent {
-            // An Err cannot be: it grows up to any number.
-            let _ = self.page_ns.record(now_ns.saturating_sub(sent_ns.max(self.came_ns)));
-            self.came_ns = now_ns;
-        }
+    fn note_time(&mut self, page: u64, now_ns: u64) -> bool {
+        let Some(PageMiss { state: State::Sent { number }, .. }) = self.pages.get(&page) else { return false };
+        // Their numbers follow each other, unless the front-end gave replies up for a while: such a time is not taken.
+        let place = self.flights.front().and_then(|oldest| usize::try_from(number.checked_sub(oldest.number)?).ok());
+        let flight = place.and_then(|place| self.flights.get(place)).filter(|flight| flight.number == *number);
+        let Some(flight) = flight else { return false };
+        // An Err cannot be: it grows up to any number.
+        let _ = self.page_ns.record(now_ns.saturating_sub(flight.sent_ns.max(self.came_ns)));
+        self.came_ns = now_ns;
+        true
     }
 
     /// The reply to the oldest message in flight that asked for one. `false`: there is none.
@@ -454,24 +458,32 @@ impl Misses {
 
     /// Settles the waiters of a page that is covered now.
     fn recheck<T: Translations>(&mut self, page: u64, to: &mut Surroundings<'_, T>) {
-        let Some(entry) = self.pages.get(&page) else { return };
-        let covered: SmallVec<[u64; 1]> = entry
-            .waiters
-            .iter()
-            .filter_map(|i| Some((i.waiter, self.waiters.get(&i.waiter)?)))
-            .filter(|(_, w)| coverage(to.table, w.part_in(page), w.access) == Coverage::Covered)
-            .map(|(id, _)| id)
-            .collect();
-        for id in covered {
-            self.detach(id, page);
-            let Some(waiter) = self.waiters.get_mut(&id) else { continue };
-            waiter.open.remove(page);
+        let Entry::Occupied(mut entry) = self.pages.entry(page) else { return };
+        let mut done: SmallVec<[u64; 1]> = SmallVec::new();
+        let waiters = &mut self.waiters;
+        let before = entry.get().waiters.len();
+        entry.get_mut().waiters.retain(|interest| {
+            let Some(waiter) = waiters.get_mut(&interest.waiter) else { return true };
+            if coverage(to.table, waiter.part_in(page), waiter.access) != Coverage::Covered {
+                return true;
+            }
             // A page that was there once counts, even if it was taken away again before the last one came: the answer
             // says "look again". Asking again from here could name a page that the guest has unmapped since, because
             // the worker has served what it wanted there; the worker asks for what it still needs.
+            waiter.open.remove(page);
             if waiter.open.is_empty() {
-                self.finish(id, Answer::Resolved, to.actions);
+                done.push(interest.waiter);
             }
+            false
+        });
+        if entry.get().waiters.is_empty() {
+            let gone = entry.remove();
+            self.dropped(page, &gone);
+        } else if entry.get().waiters.len() < before {
+            self.see_to_owner(page);
+        }
+        for id in done {
+            self.finish(id, Answer::Resolved, to.actions);
         }
     }
 
@@ -519,7 +531,13 @@ impl Misses {
 
     /// Nobody wants a page any more.
     fn drop_page(&mut self, page: u64) {
-        let Some(gone) = self.pages.remove(&page) else { return };
+        if let Some(gone) = self.pages.remove(&page) {
+            self.dropped(page, &gone);
+        }
+    }
+
+    /// A page was taken out of those that somebody wants.
+    fn dropped(&mut self, page: u64, gone: &PageMiss) {
         self.silent.remove(&page);
         if let State::Queued(place) = gone.state {
             self.turns.leave(place);
@@ -532,16 +550,16 @@ impl Misses {
         entry.waiters.retain(|i| i.waiter != id);
         if entry.waiters.is_empty() {
             self.drop_page(page);
-            return;
+        } else {
+            self.see_to_owner(page);
         }
-        let keeps_owner = match entry.state {
-            State::Sent { .. } => true,
-            State::Queued(place) => entry
-                .waiters
-                .iter()
-                .any(|i| self.waiters.get(&i.waiter).is_some_and(|waiter| waiter.owner() == place.owner())),
-        };
-        if !keeps_owner {
+    }
+
+    /// A page that lost a waiter may wait in the queue of somebody who does not want it any more.
+    fn see_to_owner(&mut self, page: u64) {
+        let Some(PageMiss { state: State::Queued(place), waiters, .. }) = self.pages.get(&page) else { return };
+        let mut owners = waiters.iter().filter_map(|i| self.waiters.get(&i.waiter)).map(Waiter::owner);
+        if !owners.any(|owner| owner == place.owner()) {
             self.requeue(page);
         }
     }

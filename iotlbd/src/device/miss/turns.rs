@@ -26,6 +26,9 @@ impl Place {
 /// pays for one look at another.
 const LEFT_MAX: usize = 64;
 
+/// Largest buffer that is kept, in places: a few requests of a worker. The rest of the memory goes back.
+const SPARE_MAX: usize = 128;
+
 /// One owner's pages.
 #[derive(Debug, Default)]
 struct Queue {
@@ -61,6 +64,8 @@ impl Queue {
 #[derive(Debug, Default)]
 pub(super) struct Turns {
     queues: BTreeMap<Owner, Queue>,
+    /// The buffer of a queue that came to its end, for the next one.
+    spare: VecDeque<(u64, Option<u64>)>,
     served_last: Option<Owner>,
     next_order: u64,
 }
@@ -70,7 +75,10 @@ impl Turns {
     pub(super) fn join(&mut self, owner: Owner, page: u64) -> Place {
         let order = self.next_order;
         self.next_order += 1;
-        let queue = self.queues.entry(owner).or_default();
+        let queue = self
+            .queues
+            .entry(owner)
+            .or_insert_with(|| Queue { places: std::mem::take(&mut self.spare), ..Queue::default() });
         queue.places.push_back((order, Some(page)));
         queue.pages += 1;
         Place { owner, order }
@@ -81,7 +89,17 @@ impl Turns {
         let Some(queue) = self.queues.get_mut(&place.owner) else { return };
         queue.leave(place.order);
         if queue.pages == 0 {
-            self.queues.remove(&place.owner);
+            self.end(place.owner);
+        }
+    }
+
+    /// Removes a queue that has no page.
+    fn end(&mut self, owner: Owner) {
+        if let Some(queue) = self.queues.remove(&owner)
+            && queue.places.capacity() <= SPARE_MAX
+        {
+            self.spare = queue.places;
+            self.spare.clear();
         }
     }
 
@@ -98,7 +116,7 @@ impl Turns {
         let queue = self.queues.get_mut(&owner)?;
         let page = queue.pop();
         if queue.pages == 0 {
-            self.queues.remove(&owner);
+            self.end(owner);
         }
         self.served_last = Some(owner);
         page

@@ -173,19 +173,16 @@ fn answer_misses(
             main.write_all(updates.as_flattened())?;
             main.read_exact(&mut acks[..updates.len() * ACK_LEN])?;
         } else {
-            // Without the first: that one is part of the miss.
-            let mut others = Duration::ZERO;
-            for (number, update) in updates.iter().enumerate() {
-                let start = Instant::now();
+            let mut start = None;
+            for update in &updates {
                 main.write_all(update)?;
                 main.read_exact(&mut acks[..ACK_LEN])?;
-                if number > 0 {
-                    others += start.elapsed();
-                }
+                // Without the first: that one is part of the miss.
+                start.get_or_insert_with(Instant::now);
             }
-            if updates.len() as u64 == COLD_PAGES {
+            if let Some(start) = start.filter(|_| updates.len() as u64 == COLD_PAGES) {
                 // An Err means that nobody wants to know.
-                let _ = times.send(others.as_secs_f64() * 1e9);
+                let _ = times.send(start.elapsed().as_secs_f64() * 1e9);
             }
         }
         // Only those that asked for one get a reply.
