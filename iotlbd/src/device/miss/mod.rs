@@ -13,7 +13,7 @@
 //! - Answers are read from the table: what a pending take has removed is not there, so it resolves nobody.
 
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 use hdrhistogram::Histogram;
 use iotlb_proto::access::Access;
@@ -26,18 +26,17 @@ use smallvec::{SmallVec, smallvec};
 use super::{Action, WorkerId};
 use coverage::pages_of;
 pub(super) use coverage::{Coverage, Translations, coverage};
+use flights::{Flight, Flights};
 use open::OpenPages;
 use turns::{Owner, Place, Turns};
 
 mod coverage;
+mod flights;
 mod open;
 #[cfg(test)]
 mod tests;
 mod turns;
 
-/// Most MISS messages without a reply. A Unix socket of default size holds about 278 unread ones; the front-end reads
-/// them one by one, so more in flight would not be answered sooner.
-pub(super) const IN_FLIGHT_MAX: usize = 64;
 /// A reply is asked for after so many messages at the latest, so that places become free before all are taken.
 const REPLY_EVERY: usize = 16;
 /// How often a page is asked again when the front-end says "done" and the page still is not there.
@@ -97,20 +96,6 @@ struct PageMiss {
     waiters: SmallVec<[Interest; 1]>,
 }
 
-/// A message whose reply is due.
-#[derive(Clone, Copy, Debug)]
-struct Flight {
-    page: u64,
-    number: u64,
-    access: Access,
-    /// It asked for a reply.
-    replies: bool,
-    sent_ns: u64,
-}
-
-/// Digits kept of a page's time: two tell one per cent apart.
-const PAGE_DIGITS: u8 = 2;
-
 /// Everything that is missing.
 #[derive(Debug)]
 pub(super) struct Misses {
@@ -121,18 +106,8 @@ pub(super) struct Misses {
     own: BTreeMap<u64, u64>,
     pages: BTreeMap<u64, PageMiss>,
     turns: Turns,
-    flights: VecDeque<Flight>,
-    /// Pages that were sent without asking for a reply, because the front-end does not give any.
-    silent: BTreeSet<u64>,
+    flights: Flights,
     next_waiter: u64,
-    /// Messages sent so far; the number of the last.
-    sent: u64,
-    /// When the last page came that was asked for.
-    came_ns: u64,
-    /// How long the front-end was busy with each page, in nanoseconds: from the message, or from the page before if
-    /// that came later, since the front-end takes one after the other. Of pages that were seen together the first has
-    /// all of the time.
-    page_ns: Histogram<u64>,
 }
 
 /// What the engine works with while it handles one event.
@@ -154,24 +129,19 @@ impl Misses {
             own: BTreeMap::new(),
             pages: BTreeMap::new(),
             turns: Turns::default(),
-            flights: VecDeque::new(),
-            silent: BTreeSet::new(),
+            flights: Flights::default(),
             next_waiter: 0,
-            sent: 0,
-            came_ns: 0,
-            // Grows with the times that come: an idle device has none.
-            page_ns: Histogram::new(PAGE_DIGITS).expect("0 to 5 digits"),
         }
     }
 
     /// MISS messages sent so far.
     pub(super) fn sent(&self) -> u64 {
-        self.sent
+        self.flights.sent()
     }
 
     /// How long the front-end was busy with each page that it was asked for.
     pub(super) fn page_ns(&self) -> &Histogram<u64> {
-        &self.page_ns
+        self.flights.page_ns()
     }
 
     /// Misses that wait for an answer.
@@ -270,30 +240,25 @@ impl Misses {
     fn page_appeared<T: Translations>(&mut self, page: u64, to: &mut Surroundings<'_, T>) {
         self.recheck(page, to);
         // Without replies nothing else says that the front-end is done with the page.
-        if self.silent.remove(&page) {
+        if self.flights.land_silently(page) {
             self.judge(page, 0, None, to);
         }
     }
 
     /// Takes the time of an answer, if it is one to a message in flight.
     fn note_time(&mut self, page: u64, now_ns: u64) -> bool {
-        let Some(PageMiss { state: State::Sent { number }, .. }) = self.pages.get(&page) else { return false };
-        // Their numbers follow each other, unless the front-end gave replies up for a while: such a time is not taken.
-        let place = self.flights.front().and_then(|oldest| usize::try_from(number.checked_sub(oldest.number)?).ok());
-        let flight = place.and_then(|place| self.flights.get(place)).filter(|flight| flight.number == *number);
-        let Some(flight) = flight else { return false };
-        // An Err cannot be: it grows up to any number.
-        let _ = self.page_ns.record(now_ns.saturating_sub(flight.sent_ns.max(self.came_ns)));
-        self.came_ns = now_ns;
-        true
+        match self.pages.get(&page) {
+            Some(PageMiss { state: State::Sent { number }, .. }) => self.flights.came(*number, now_ns),
+            _ => false,
+        }
     }
 
     /// The reply to the oldest message in flight that asked for one. `false`: there is none.
     pub(super) fn reply<T: Translations>(&mut self, value: u64, to: &mut Surroundings<'_, T>) -> bool {
-        if !self.flights.iter().any(|flight| flight.replies) {
+        if !self.flights.expect_reply() {
             return false;
         }
-        while let Some(flight) = self.flights.pop_front() {
+        while let Some(flight) = self.flights.land() {
             if self.is_current(&flight) {
                 self.recheck(flight.page, to);
             }
@@ -335,8 +300,7 @@ impl Misses {
 
     /// The back-end channel is another one, or none: replies that were due will never come.
     pub(super) fn channel_replaced(&mut self) {
-        self.flights.clear();
-        self.silent.clear();
+        self.flights.forget();
         let sent: Vec<u64> =
             self.pages.iter().filter(|(_, p)| matches!(p.state, State::Sent { .. })).map(|(page, _)| *page).collect();
         for page in sent {
@@ -352,10 +316,10 @@ impl Misses {
             return;
         }
         let mut unreplied = 0;
-        while self.flights.len() + self.silent.len() < IN_FLIGHT_MAX {
+        while self.flights.room() > 0 {
             let Some(page) = self.turns.next() else { break };
             unreplied += 1;
-            let last = self.turns.is_empty() || self.flights.len() + self.silent.len() + 1 == IN_FLIGHT_MAX;
+            let last = self.turns.is_empty() || self.flights.room() == 1;
             if self.send(page, last || unreplied == REPLY_EVERY, to) {
                 unreplied = 0;
             }
@@ -385,16 +349,15 @@ impl Misses {
             },
             _ => page,
         };
-        self.sent += 1;
-        entry.state = State::Sent { number: self.sent };
         // Once a page was not simply there, what the front-end says of it counts.
         let again = entry.apart || entry.waiters.iter().any(|i| i.attempts > 0 || i.denials > 0);
         let need_reply = to.replies && (ends_batch || again);
         if to.replies {
-            self.flights.push_back(Flight { page, number: self.sent, access, replies: need_reply, sent_ns: to.now_ns });
+            self.flights.depart(page, access, need_reply, to.now_ns);
         } else {
-            self.silent.insert(page);
+            self.flights.depart_silently(page);
         }
+        entry.state = State::Sent { number: self.flights.sent() };
         let mut message = IotlbMessage::miss(iova, access);
         message.size = PAGE_SIZE - (iova & PAGE_MASK);
         to.actions.push_back(Action::SendBackEnd { message, need_reply });
@@ -504,7 +467,7 @@ impl Misses {
             if coverage(table, waiter.part_in(page), waiter.access) == Coverage::Covered || !waiter.open.insert(page) {
                 continue;
             }
-            let interest = Interest { waiter: id, joined: self.sent, denials: 0, attempts: 0 };
+            let interest = Interest { waiter: id, joined: self.flights.sent(), denials: 0, attempts: 0 };
             match self.pages.entry(page) {
                 Entry::Occupied(mut entry) => entry.get_mut().waiters.push(interest),
                 Entry::Vacant(entry) => {
@@ -522,7 +485,7 @@ impl Misses {
             self.drop_page(page);
             return;
         };
-        self.silent.remove(&page);
+        self.flights.land_silently(page);
         if let State::Queued(place) = entry.state {
             self.turns.leave(place);
         }
@@ -538,7 +501,7 @@ impl Misses {
 
     /// A page was taken out of those that somebody wants.
     fn dropped(&mut self, page: u64, gone: &PageMiss) {
-        self.silent.remove(&page);
+        self.flights.land_silently(page);
         if let State::Queued(place) = gone.state {
             self.turns.leave(place);
         }

@@ -6,6 +6,7 @@ use iotlb_proto::table::Translation;
 use iotlb_proto::worker::{Answer, MissRequest};
 use proptest::prelude::*;
 
+use super::flights::IN_FLIGHT_MAX;
 use super::*;
 
 #[derive(Default)]
@@ -106,7 +107,7 @@ fn a_long_batch_asks_for_replies_on_the_way() {
     assert_eq!(batch.len(), IN_FLIGHT_MAX.min(3 * usize::try_from(CELL_PAGES_MAX).expect("small")));
     assert!(batch.chunks(REPLY_EVERY).all(|part| part.last().is_some_and(|(_, reply)| *reply)), "{batch:?}");
     assert!(misses.reply(0, &mut around(&pages, &mut actions)));
-    assert_eq!(misses.flights.len(), batch.len() - REPLY_EVERY, "one reply frees the places of all before it");
+    assert_eq!(misses.flights.due().len(), batch.len() - REPLY_EVERY, "one reply frees the places of all before it");
 }
 
 fn around<'a>(table: &'a Pages, actions: &'a mut VecDeque<Action>) -> Surroundings<'a, Pages> {
@@ -154,7 +155,10 @@ fn check(misses: &Misses) {
             assert_eq!(interest, 1, "page {page:#x} knows its waiter");
         }
     }
-    assert!(misses.flights.iter().is_sorted_by(|a, b| a.number < b.number), "messages in flight are out of order");
+    assert!(
+        misses.flights.due().iter().is_sorted_by(|a, b| a.number < b.number),
+        "messages in flight are out of order"
+    );
     let places = misses.turns.all();
     let queued: BTreeSet<u64> = places.iter().map(|(_, page)| *page).collect();
     assert_eq!(queued.len(), places.len(), "a page is queued twice");
@@ -167,14 +171,15 @@ fn check(misses: &Misses) {
             State::Queued(place) => assert!(places.contains(&(place, *page))),
             State::Sent { number } => {
                 assert!(!queued.contains(page));
-                let under_way = misses.flights.iter().any(|f| f.number == number) || misses.silent.contains(page);
+                let under_way =
+                    misses.flights.due().iter().any(|f| f.number == number) || misses.flights.silent().contains(page);
                 assert!(under_way, "page {page:#x} waits for a message that is not under way");
             }
         }
     }
     assert!(queued.iter().all(|page| misses.pages.contains_key(page)));
-    assert!(misses.flights.len() + misses.silent.len() <= IN_FLIGHT_MAX);
-    assert!(misses.flights.back().is_none_or(|flight| flight.replies), "nothing will end the wait for the last");
+    assert!(misses.flights.due().len() + misses.flights.silent().len() <= IN_FLIGHT_MAX);
+    assert!(misses.flights.due().back().is_none_or(|flight| flight.replies), "nothing will end the wait for the last");
     assert_eq!(misses.by_cell.len() + misses.own.len(), misses.waiters.len());
 }
 
@@ -210,7 +215,7 @@ proptest! {
                     table.0.remove(&(page * PAGE_SIZE));
                 }
                 Step::Reply { value } => {
-                    let expected = !misses.flights.is_empty();
+                    let expected = !misses.flights.due().is_empty();
                     prop_assert_eq!(misses.reply(value, &mut to), expected);
                 }
                 Step::Wait { ns } => {
