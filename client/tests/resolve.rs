@@ -129,6 +129,33 @@ fn long_ranges_are_split_and_the_rest_is_asked_for_later() {
 }
 
 #[test]
+fn the_end_of_a_long_range_is_asked_for_apart() {
+    for (pages, first_of_end, said) in
+        [(8, Some(6), Answer::Resolved), (8, Some(6), Answer::Denied), (7, None, Answer::Resolved)]
+    {
+        let (daemon, _memory, attachment) = Daemon::with_memory(8);
+        let (report, requests) = mpsc::channel();
+        let server = daemon.serve_misses(move |table, request| {
+            let last = request.range.page_aligned();
+            report.send((last.first() / PAGE_SIZE, last.len_minus_one() / PAGE_SIZE + 1)).expect("the test waits");
+            let is_end = last.last() / PAGE_SIZE + 1 == pages;
+            if is_end && said != Answer::Resolved {
+                return Next::Last(said);
+            }
+            table.insert(last, last.first(), RW).expect("room");
+            if is_end { Next::Last(Answer::Resolved) } else { Next::Answer(Answer::Resolved) }
+        });
+        let mut reader = attachment.reader().expect("a reader");
+        let result = reader.resolve(0, pages * PAGE_SIZE, RW, PATIENCE_MS);
+        assert_eq!(result, if said == Answer::Denied { Err(ResolveError::Denied) } else { Ok(()) });
+        server.join().expect("nothing else was asked for");
+        let requests: Vec<(u64, u64)> = requests.try_iter().collect();
+        let expected = first_of_end.map_or(vec![(0, pages)], |first| vec![(0, first), (first, pages - first)]);
+        assert_eq!(requests, expected);
+    }
+}
+
+#[test]
 fn a_page_that_never_stays_is_given_up() {
     let (daemon, _memory, attachment) = Daemon::with_memory(16);
     let mut asked = 0;

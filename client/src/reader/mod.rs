@@ -210,7 +210,8 @@ impl Reader {
     }
 
     /// Makes sure that `len` bytes from `iova` are in the table with `access`, by asking the daemon for what is
-    /// missing. Blocks: spins for some microseconds, then sleeps. Any length; asks for all that is missing at once.
+    /// missing. Blocks: spins for some microseconds, then sleeps, and spins once more before the end of a long range.
+    /// Any length; asks for all that is missing at once.
     ///
     /// That all is there when this returns does not mean that it still is at the next pin: translate, and resolve again
     /// on a [`Fault::Miss`](crate::Fault::Miss).

@@ -80,7 +80,7 @@ impl Flights {
         self.silent.insert(page);
     }
 
-    /// Takes the time of what is there now, if it was asked for with message `number`.
+    /// Takes the time of what is there now, if it was asked for with message `number`; returns whether it was.
     pub(super) fn came(&mut self, number: u64, now_ns: u64) -> bool {
         // Numbers follow each other, unless the front-end gave replies up for a while: such a time is not taken.
         let place = self.due.front().and_then(|oldest| usize::try_from(number.checked_sub(oldest.number)?).ok());
@@ -93,7 +93,7 @@ impl Flights {
     }
 
     /// Whether a reply is due.
-    pub(super) fn expect_reply(&self) -> bool {
+    pub(super) fn expects_reply(&self) -> bool {
         self.due.iter().any(|flight| flight.replies)
     }
 

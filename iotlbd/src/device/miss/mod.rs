@@ -245,7 +245,7 @@ impl Misses {
         }
     }
 
-    /// Takes the time of an answer, if it is one to a message in flight.
+    /// Takes the time of an answer, if it is one to a message in flight; returns whether it is.
     fn note_time(&mut self, page: u64, now_ns: u64) -> bool {
         match self.pages.get(&page) {
             Some(PageMiss { state: State::Sent { number }, .. }) => self.flights.came(*number, now_ns),
@@ -255,7 +255,7 @@ impl Misses {
 
     /// The reply to the oldest message in flight that asked for one. `false`: there is none.
     pub(super) fn reply<T: Translations>(&mut self, value: u64, to: &mut Surroundings<'_, T>) -> bool {
-        if !self.flights.expect_reply() {
+        if !self.flights.expects_reply() {
             return false;
         }
         while let Some(flight) = self.flights.land() {

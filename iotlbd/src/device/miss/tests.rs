@@ -119,7 +119,7 @@ fn around<'a>(table: &'a Pages, actions: &'a mut VecDeque<Action>) -> Surroundin
 enum Step {
     Post { worker: u32, cell: u16, page: u64, len: u64, access: u8 },
     Want { page: u64 },
-    Map { page: u64, access: u8 },
+    Map { page: u64, pages: u64, access: u8 },
     Unmap { page: u64 },
     Reply { value: u64 },
     Wait { ns: u64 },
@@ -135,7 +135,7 @@ fn step() -> impl Strategy<Value = Step> {
         6 => (0..3u32, 0..3u16, page.clone(), 1..9000u64, 1..4u8)
             .prop_map(|(worker, cell, page, len, access)| Step::Post { worker, cell, page, len, access }),
         1 => page.clone().prop_map(|page| Step::Want { page }),
-        3 => (page.clone(), 1..4u8).prop_map(|(page, access)| Step::Map { page, access }),
+        3 => (page.clone(), 1..4u64, 1..4u8).prop_map(|(page, pages, access)| Step::Map { page, pages, access }),
         2 => page.prop_map(|page| Step::Unmap { page }),
         5 => (0..2u64).prop_map(|value| Step::Reply { value }),
         1 => (0..3_000_000u64).prop_map(|ns| Step::Wait { ns }),
@@ -168,7 +168,11 @@ fn check(misses: &Misses) {
             assert!(misses.waiters[&interest.waiter].open.iter().any(|open| open == *page), "a waiter knows its page");
         }
         match entry.state {
-            State::Queued(place) => assert!(places.contains(&(place, *page))),
+            State::Queued(place) => {
+                assert!(places.contains(&(place, *page)));
+                let owners = entry.waiters.iter().map(|interest| misses.waiters[&interest.waiter].owner());
+                assert!(owners.into_iter().any(|owner| owner == place.owner()), "a page waits in a stranger's queue");
+            }
             State::Sent { number } => {
                 assert!(!queued.contains(page));
                 let under_way =
@@ -206,10 +210,11 @@ proptest! {
                     let range = IovaRange::page_of(page * PAGE_SIZE);
                     misses.want([(range, Access::READ)].into_iter(), now_ns, &table);
                 }
-                Step::Map { page, access } => {
-                    table.0.insert(page * PAGE_SIZE, bits(access));
+                Step::Map { page, pages, access } => {
+                    let range = IovaRange::from_len(page * PAGE_SIZE, pages * PAGE_SIZE).expect("low addresses");
+                    table.0.extend(pages_of(range).map(|page| (page, bits(access))));
                     let mut to = Surroundings { table: &table, actions: &mut actions, replies, now_ns };
-                    misses.appeared(IovaRange::page_of(page * PAGE_SIZE), &mut to);
+                    misses.appeared(range, &mut to);
                 }
                 Step::Unmap { page } => {
                     table.0.remove(&(page * PAGE_SIZE));

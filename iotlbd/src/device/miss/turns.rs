@@ -179,6 +179,34 @@ mod tests {
     }
 
     #[test]
+    fn the_next_queue_has_the_buffer_of_the_last_but_never_its_pages() {
+        let mut turns = Turns::default();
+        let owner = Some(WorkerId(1));
+        for page in 0..17 {
+            turns.join(owner, page);
+        }
+        let place = turns.join(None, 100);
+        assert_eq!(std::iter::from_fn(|| turns.next()).take(17).filter(|page| *page < 17).count(), 16);
+        turns.leave(place);
+        assert_eq!(turns.next(), Some(16));
+        let kept = turns.spare.capacity();
+        assert!((17..=SPARE_MAX).contains(&kept) && turns.spare.is_empty(), "{kept} places");
+        turns.join(owner, 50);
+        assert_eq!((turns.spare.capacity(), turns.queues[&owner].places.capacity()), (0, kept));
+        assert_eq!([turns.next(), turns.next()], [Some(50), None]);
+    }
+
+    #[test]
+    fn a_large_buffer_is_given_back() {
+        let mut turns = Turns::default();
+        for page in 0..=SPARE_MAX as u64 {
+            turns.join(None, page);
+        }
+        while turns.next().is_some() {}
+        assert!(turns.spare.capacity() <= SPARE_MAX);
+    }
+
+    #[test]
     fn places_that_were_left_do_not_pile_up() {
         let mut turns = Turns::default();
         let owner = Some(WorkerId(1));
