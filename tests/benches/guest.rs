@@ -5,16 +5,18 @@
 //! An argument limits the run to modes whose name contains it. From the environment: `IOTLBD_GUEST_ROUNDS` guests of
 //! each kind, in turn; `IOTLBD_GUEST_SECONDS` for each of [`REPEATS`] transfers each way in a guest;
 //! `IOTLBD_GUEST_STREAMS`, connections at a time; `IOTLBD_GUEST_WAY`, `from` or `to` the guest alone, so that the
-//! daemon's figures are of that way; `IOTLBD_GUEST_WORKER`, another build of `iotlb-net` to be compared;
-//! `IOTLBD_GUEST_ONLY`, only contestants whose name ends with it, the first of them being the reference: to look at one
-//! of them closely.
+//! daemon's figures are of that way; `IOTLBD_GUEST_PLACES=apart`, one processor of this machine for the guest's and the
+//! workers, another for the rest of QEMU and the daemon, instead of leaving that to the system (iperf3 on this side runs
+//! where it likes); `IOTLBD_GUEST_WORKER`,
+//! another build of `iotlb-net` to be compared; `IOTLBD_GUEST_ONLY`, only contestants whose name ends with it, the first
+//! of them being the reference: to look at one of them closely.
 
 use std::path::PathBuf;
 
 use iotlb_tests::bench::report::json_path;
 use iotlb_tests::guest::checks::Way;
 use iotlb_tests::guest::{
-    Backend, GuestError, Iommu, Kernel, Logs, Machine, MachineOptions, Network, Qemu, checks, skipped,
+    Backend, GuestError, Iommu, Kernel, Logs, Machine, MachineOptions, Network, Places, Qemu, checks, skipped,
 };
 
 /// Transfers each way in one guest.
@@ -52,15 +54,24 @@ impl Contestant {
     }
 
     /// Boots a guest and measures.
-    fn measure(&self, iommu: Iommu, logs: &Logs, load: &checks::Load) -> Result<Measured, GuestError> {
+    fn measure(
+        &self,
+        iommu: Iommu,
+        logs: &Logs,
+        load: &checks::Load,
+        places: Option<Places>,
+    ) -> Result<Measured, GuestError> {
         let _network = Network::new(matches!(self, Contestant::Ours { .. }))?;
         let backend = match self {
             Contestant::Reference => None,
-            Contestant::Ours { arguments, worker, .. } => Some(Backend::tap_with(logs, arguments, worker.as_deref())?),
+            Contestant::Ours { arguments, worker, .. } => {
+                Some(Backend::tap_with(logs, arguments, worker.as_deref(), places)?)
+            }
         };
         let socket = backend.as_ref().map(Backend::front_socket);
         let options = MachineOptions { qemu: Qemu::V10, kernel: Kernel::V6_12, iommu, vhost_user: socket.as_deref() };
         let mut machine = Machine::boot(&options, logs)?;
+        places.map_or(Ok(()), |places| machine.stay(places))?;
         let before = ProcessorTime::now();
         let speeds = checks::throughput(&mut machine, logs, load)?;
         let stolen = before.stolen_since();
@@ -194,6 +205,20 @@ fn main() {
             std::process::exit(2);
         }
     };
+    let places = match std::env::var("IOTLBD_GUEST_PLACES").as_deref() {
+        Err(_) => None,
+        Ok("apart") => match Places::find() {
+            None => {
+                eprintln!("IOTLBD_GUEST_PLACES=apart: that takes two processors, and there is one");
+                std::process::exit(2);
+            }
+            places => places,
+        },
+        Ok(other) => {
+            eprintln!("IOTLBD_GUEST_PLACES={other}: it is `apart`, or not set");
+            std::process::exit(2);
+        }
+    };
     let load = checks::Load { seconds, streams, repeats: REPEATS, ways };
     let mut contestants = vec![
         Contestant::Reference,
@@ -217,7 +242,7 @@ fn main() {
         for round in 0..rounds {
             for (number, contestant) in here.iter().enumerate() {
                 eprintln!("{mode}, round {} of {rounds}: {}", round + 1, contestant.name());
-                match one(contestant, iommu, mode, number, &load) {
+                match one(contestant, iommu, mode, number, &load, places) {
                     Ok(measured) => {
                         let ways = measured.speeds.into_iter().zip(&mut speeds[number]);
                         ways.for_each(|(new, all)| all.extend(new));
@@ -251,11 +276,13 @@ fn main() {
                     );
                     rows.push(serde_json::json!({
                         "mode": mode, "direction": direction, "contestant": contestant.name(), "mbit_per_s": ours,
+                        "apart": places.is_some(),
                         "bound_mbit_per_s": bound, "ratio": part, "wanted": BOUND_PART, "ok": part >= BOUND_PART,
                     }));
                 }
                 rows.push(serde_json::json!({
                     "mode": mode, "direction": direction, "contestant": contestant.name(), "mbit_per_s": ours,
+                        "apart": places.is_some(),
                     "reference_mbit_per_s": reference, "ratio": ratio, "wanted": wanted, "ok": ratio >= wanted,
                     "all_mbit_per_s": all[way],
                 }));
@@ -277,11 +304,12 @@ fn one(
     mode: &str,
     number: usize,
     load: &checks::Load,
+    places: Option<Places>,
 ) -> Result<Measured, GuestError> {
     std::thread::scope(|scope| {
         let run = scope.spawn(|| {
             let logs = Logs::new(&format!("bench-{mode}-{number}"))?;
-            contestant.measure(iommu, &logs, load)
+            contestant.measure(iommu, &logs, load, places)
         });
         run.join().unwrap_or_else(|_| Err(GuestError::Check("the measuring thread panicked".to_owned())))
     })

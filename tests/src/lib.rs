@@ -3,10 +3,12 @@
 //! - [`mod@bench`]: measuring against peers.
 //! - [`containers`]: the shipped image, built and run with podman.
 //! - [`guest`]: real guests under QEMU.
+//! - [`processors`]: who runs where.
 
 pub mod bench;
 pub mod containers;
 pub mod guest;
+pub mod processors;
 
 /// The README's Rust code, so that it keeps compiling.
 #[cfg(doctest)]

@@ -7,6 +7,7 @@ use tempfile::TempDir;
 
 use super::binaries::program;
 use super::network::TAP;
+use super::places::{self, Places};
 use super::process::{Process, eventually};
 use super::{GuestError, Logs, WATCHDOG};
 
@@ -36,17 +37,26 @@ impl Backend {
         Ok(backend)
     }
 
-    /// As [`Backend::tap`], with more arguments for the workers, and perhaps another build of their program.
+    /// As [`Backend::tap`], with more arguments for the workers, perhaps another build of their program, and perhaps
+    /// with everybody in a place of their own.
     ///
     /// # Errors
     /// As [`Backend::tap`].
-    pub fn tap_with(logs: &Logs, arguments: &[&str], worker: Option<&Path>) -> Result<Backend, GuestError> {
-        let mut backend = Backend::daemon(logs)?;
+    pub fn tap_with(
+        logs: &Logs,
+        arguments: &[&str],
+        worker: Option<&Path>,
+        places: Option<Places>,
+    ) -> Result<Backend, GuestError> {
+        let mut backend = Backend::daemon_with(logs, places)?;
         let worker = worker.map_or_else(|| program("iotlb-net"), |path| Ok(path.to_path_buf()))?;
         for (name, queue) in [("receive", RECEIVE_QUEUE), ("transmit", TRANSMIT_QUEUE)] {
             let queue = queue.to_string();
             let arguments = [&["--queues", &queue, "--tap", TAP], arguments].concat();
             backend.start_worker(&worker, name, &arguments, logs)?;
+        }
+        if let Some(places) = places {
+            backend.workers.iter().try_for_each(|(_, worker)| places::put(worker.id(), |_| places.guest))?;
         }
         Ok(backend)
     }
@@ -62,11 +72,16 @@ impl Backend {
     }
 
     fn daemon(logs: &Logs) -> Result<Backend, GuestError> {
+        Backend::daemon_with(logs, None)
+    }
+
+    fn daemon_with(logs: &Logs, places: Option<Places>) -> Result<Backend, GuestError> {
         let directory = TempDir::new().map_err(GuestError::io("making a folder for the sockets"))?;
         let (front, control) = (front_path(directory.path()), control_path(directory.path()));
         let mut command = Command::new(program("iotlbd")?);
         command.arg(argument("--socket-path=", &front)).arg(argument("--control-socket=", &control));
         command.arg(argument("--stats=", &logs.path("stats")));
+        command.args(places.map(|places| format!("--cpu={}", places.front_end)));
         let mut daemon = Process::start("iotlbd", command, logs)?;
         eventually("iotlbd to open its sockets", WATCHDOG, || {
             daemon.check_running()?;

@@ -9,9 +9,13 @@ use tempfile::TempDir;
 
 use super::logs::say;
 use super::network::TAP;
+use super::places::{self, Places};
 use super::process::{Process, readable};
 use super::serial::Serial;
 use super::{GUEST_ADDRESS, GuestError, Kernel, Logs, Qemu, WATCHDOG};
+
+/// What the name of the thread begins with that is the guest's processor.
+const GUEST_THREAD: &str = "CPU 0/";
 
 /// What stands between the guest's network device and its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +67,8 @@ impl Machine {
 
         let mut command = options.qemu.command()?;
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-smp", "1", "-cpu", options.processor()]);
+        // Threads get names.
+        command.args(["-name", "guest,debug-threads=on"]);
         command.args(["-machine", "q35,accel=tcg,kernel-irqchip=split,memory-backend=mem"]);
         command.args(["-object", "memory-backend-memfd,id=mem,size=512M,share=on"]);
         // Before the devices it serves.
@@ -201,6 +207,20 @@ impl Machine {
         self.serial.send("poweroff -f")?;
         let status = self.process.wait(WATCHDOG)?;
         if status.success() { Ok(()) } else { Err(GuestError::Ended { program: "qemu".into(), status }) }
+    }
+
+    /// Puts the guest's processor, and all the rest of QEMU, where they belong.
+    ///
+    /// # Errors
+    /// QEMU has no such thread, or the system refuses.
+    pub fn stay(&self, places: Places) -> Result<(), GuestError> {
+        let mut guest_found = false;
+        places::put(self.process.id(), |thread| {
+            let is_guest = thread.starts_with(GUEST_THREAD);
+            guest_found |= is_guest;
+            if is_guest { places.guest } else { places.front_end }
+        })?;
+        if guest_found { Ok(()) } else { Err(GuestError::Check(format!("QEMU has no thread {GUEST_THREAD}*"))) }
     }
 
     /// The QEMU process.

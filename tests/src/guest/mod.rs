@@ -15,6 +15,7 @@ mod error;
 mod logs;
 mod machine;
 mod network;
+mod places;
 mod process;
 mod serial;
 
@@ -24,6 +25,7 @@ pub use error::GuestError;
 pub use logs::Logs;
 pub use machine::{Iommu, Machine, MachineOptions};
 pub use network::{GUEST_ADDRESS, HOST_ADDRESS, Network};
+pub use places::Places;
 pub use process::Process;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -5,11 +5,12 @@ use std::time::Duration;
 use rustix::thread::CpuSet;
 
 use super::echo::Echo;
-use super::place::{Place, bind, restore};
+use super::place::Place;
 use super::service::{IOVA_BASE, Service, invalidate, round_trip, round_trip_awake};
 use super::{Outcome, median_ns, time_ns};
 use crate::bench::peers::PAGE;
 use crate::bench::report::{Row, Target};
+use crate::processors::{bind, restore};
 
 /// Blocks of each contestant, in turn.
 const BLOCKS: u64 = 41;

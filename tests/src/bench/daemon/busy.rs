@@ -13,11 +13,12 @@ use iotlbd::sim::wire::{BACKEND_IOTLB, HEADER_LEN, MessageHeader};
 use rustix::thread::CpuSet;
 
 use super::echo::Echo;
-use super::place::{Place, bind, restore};
+use super::place::Place;
 use super::service::{ACK_LEN, IOTLB_LEN, IOVA_BASE, Service, receive_awake, round_trip_awake};
 use super::{Outcome, median_ns, time_ns};
 use crate::bench::peers::PAGE;
 use crate::bench::report::{Row, Target};
+use crate::processors::{bind, restore};
 
 /// Blocks of each contestant, in turn. A daemon that never sleeps would take the processor from the echo, so each block
 /// has a daemon of its own.

@@ -13,11 +13,12 @@ use iotlb_proto::layout::worker::SLOT_CAPACITY;
 use iotlb_proto::table::{TableConfig, TableReader, TableWriter};
 use iotlb_proto::worker::WorkerSegment;
 
-use super::place::{Place, bind};
+use super::place::Place;
 use super::{Outcome, median_ns, time_ns};
 use crate::bench::measure::{Contestant, Shuffle, interleave};
 use crate::bench::peers::PAGE;
 use crate::bench::report::{Row, Target};
+use crate::processors::bind;
 
 /// Set in the reading process: its two descriptors and its processor.
 const READER: &str = "IOTLB_BENCH_DRAIN_READER";

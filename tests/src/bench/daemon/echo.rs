@@ -8,8 +8,8 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::Outcome;
-use super::place::bind;
 use super::service::{ACK_LEN, IOTLB_LEN};
+use crate::processors::bind;
 
 /// How long it polls after a message before it sleeps, about as long as the daemon.
 const POLLS: Duration = Duration::from_micros(50);

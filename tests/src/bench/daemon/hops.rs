@@ -19,8 +19,8 @@ use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::net::{RecvFlags, recv};
 use rustix::thread::futex;
 
-use super::place::bind;
 use super::service::IOTLB_LEN;
+use crate::processors::bind;
 
 /// How long a client spins before it sleeps; the asker of [`Polling`] does the same.
 const SPIN: Duration = Duration::from_micros(20);

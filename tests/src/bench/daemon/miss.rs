@@ -16,11 +16,12 @@ use iotlbd::sim::wire::{BACKEND_IOTLB, HEADER_LEN, Iotlb, MessageHeader};
 use rustix::thread::CpuSet;
 
 use super::hops::{Polling, Sleeping};
-use super::place::{Place, bind, restore};
+use super::place::Place;
 use super::service::{ACK_LEN, IOTLB_LEN, IOVA_BASE, Service, update};
 use super::{Outcome, median_ns, time_ns};
 use crate::bench::peers::PAGE;
 use crate::bench::report::{Row, Target};
+use crate::processors::{bind, restore};
 
 /// Blocks of each contestant, in turn.
 const BLOCKS: u64 = 21;

@@ -21,6 +21,7 @@ pub mod place;
 pub mod service;
 
 use super::report::Row;
+use crate::processors;
 
 /// What can go wrong is of interest only as text: the run ends.
 pub type Outcome = Result<(), Box<dyn std::error::Error>>;
@@ -32,13 +33,13 @@ pub type Outcome = Result<(), Box<dyn std::error::Error>>;
 pub fn rows(rows: &mut Vec<Row>) -> Outcome {
     drain::reader_if_child()?;
     let place = place::Place::find();
-    let former = place::current();
+    let former = processors::current();
     let result = ack::rows(rows, &place, &former)
         .and_then(|()| miss::rows(rows, &place, &former))
         .and_then(|()| busy::rows(rows, &place, &former))
         .and_then(|()| drain::rows(rows, &place));
     // What is measured after this runs where it likes.
-    place::restore(&former);
+    processors::restore(&former);
     result
 }
 
