@@ -8,8 +8,8 @@
 //! - `IOTLBD_GUEST_SECONDS`: for each of [`REPEATS`] transfers each way in a guest.
 //! - `IOTLBD_GUEST_STREAMS`: connections at a time.
 //! - `IOTLBD_GUEST_WAY`: `from` or `to` the guest alone, so that the daemon's figures are of that way.
-//! - `IOTLBD_GUEST_PLACES=apart`: one processor of this machine for the guest's and the workers, another for the rest of
-//!   QEMU and the daemon, instead of leaving that to the system. iperf3 on this side runs where it likes.
+//! - `IOTLBD_GUEST_PLACES=apart`: one processor of this machine for the guest's and the workers, another for the rest
+//!   of QEMU and the daemon, instead of leaving that to the system. iperf3 on this side runs where it likes.
 //! - `IOTLBD_GUEST_WORKER`: another build of `iotlb-net` to be compared.
 //! - `IOTLBD_GUEST_ONLY`: only contestants whose name ends with it, the first of them being the reference: to look at
 //!   one of them closely.
