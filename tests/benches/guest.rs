@@ -285,7 +285,7 @@ fn main() {
                 }
                 rows.push(serde_json::json!({
                     "mode": mode, "direction": direction, "contestant": contestant.name(), "mbit_per_s": ours,
-                        "apart": places.is_some(),
+                    "apart": places.is_some(),
                     "reference_mbit_per_s": reference, "ratio": ratio, "wanted": wanted, "ok": ratio >= wanted,
                     "all_mbit_per_s": all[way],
                 }));
