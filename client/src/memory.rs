@@ -13,6 +13,7 @@ use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, Volatil
 
 use crate::Access;
 use crate::guard::{Fault, Guard};
+use crate::segments::Segment;
 
 #[inline]
 fn access_of(permissions: Permissions) -> Access {
@@ -45,42 +46,47 @@ impl<'g> Iterator for Slices<'g> {
             return None;
         }
         let len = self.left.min(PAGE_SIZE - (self.iova & PAGE_MASK));
-        match self.guard.quick(self.iova, len, self.access) {
-            Some(segment) => {
-                self.pass(len);
+        let found = match self.guard.quick(self.iova, len, self.access) {
+            Some(segment) => Ok(segment),
+            None => slow_piece(self.guard, self.iova, self.left, self.access),
+        };
+        match found {
+            Ok(segment) => {
+                let len = segment.len() as u64;
+                self.left -= len;
+                // Wraps only at the end of the space, and then nothing is left.
+                self.iova = self.iova.wrapping_add(len);
                 Some(Ok(segment.volatile()))
             }
-            None => Some(self.next_slowly()),
+            Err(missing) => {
+                self.left = 0;
+                Some(Err(Error::InvalidGuestAddress(missing)))
+            }
         }
     }
 }
 
-impl<'g> Slices<'g> {
-    /// The next slice, whatever it is; only when there is one.
-    #[cold]
-    #[inline(never)]
-    fn next_slowly(&mut self) -> Result<VolatileSlice<'g>> {
-        match self.guard.walk(self.iova, self.left, self.access).next() {
-            Some(Ok(segment)) => {
-                self.pass(segment.len() as u64);
-                Ok(segment.volatile())
-            }
-            fault => {
-                self.left = 0;
-                self.guard.reader().count_fault();
-                Err(Error::InvalidGuestAddress(GuestAddress(match fault {
-                    Some(Err(Fault::Miss { iova, .. })) => iova,
-                    _ => self.iova,
-                })))
-            }
+/// The first piece of a range that is not empty, whatever leaf it lies under; or what is missing.
+///
+/// By value: an iterator whose address is taken lies in memory, where what was written in words and is moved in pairs
+/// of them costs as much as a translation.
+#[cold]
+#[inline(never)]
+fn slow_piece<'g>(
+    guard: &'g Guard<'g>,
+    iova: u64,
+    left: u64,
+    access: Access,
+) -> std::result::Result<Segment<'g>, GuestAddress> {
+    match guard.walk(iova, left, access).next() {
+        Some(Ok(segment)) => Ok(segment),
+        fault => {
+            guard.reader().count_fault();
+            Err(GuestAddress(match fault {
+                Some(Err(Fault::Miss { iova, .. })) => iova,
+                _ => iova,
+            }))
         }
-    }
-
-    #[inline(always)]
-    fn pass(&mut self, len: u64) {
-        self.left -= len;
-        // Wraps only at the end of the space, and then nothing is left.
-        self.iova = self.iova.wrapping_add(len);
     }
 }
 
