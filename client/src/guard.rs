@@ -105,6 +105,23 @@ impl<'r> Guard<'r> {
         self.shared.table.page(self.top, iova, access).and_then(|leaf| self.within_page(leaf, iova, len))
     }
 
+    /// As [`Guard::quick`], for who comes back to the same few places under one pin: one load there instead of three.
+    #[inline(always)]
+    pub(crate) fn near(&self, iova: u64, len: u64, access: Access) -> Option<Segment<'_>> {
+        let leaf = match self.shared.table.page_near(self.reader.near_nodes(), iova, access) {
+            Some(leaf) => leaf,
+            None => self.not_near(iova, access)?,
+        };
+        self.within_page(leaf, iova, len)
+    }
+
+    /// The entry of a page whose node was not kept, or has been emptied or replaced since.
+    #[cold]
+    #[inline(never)]
+    fn not_near(&self, iova: u64, access: Access) -> Option<u64> {
+        self.shared.table.page_kept(self.reader.keep_near_nodes(), self.top, iova, access)
+    }
+
     /// The word of the 4 KiB page around `iova`, not loaded yet; `None` when it is not one of the usual ones.
     #[inline(always)]
     pub(crate) fn page_word(&self, iova: u64) -> Option<&AtomicU64> {

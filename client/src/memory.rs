@@ -46,7 +46,7 @@ impl<'g> Iterator for Slices<'g> {
             return None;
         }
         let len = self.left.min(PAGE_SIZE - (self.iova & PAGE_MASK));
-        let found = match self.guard.quick(self.iova, len, self.access) {
+        let found = match self.guard.near(self.iova, len, self.access) {
             Some(segment) => Ok(segment),
             None => slow_piece(self.guard, self.iova, self.left, self.access),
         };

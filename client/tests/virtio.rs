@@ -298,3 +298,42 @@ fn memory_that_is_not_mapped_is_not_handed_out() {
     daemon.finish_map();
     assert_eq!(lens(&reader.pin().expect("pin"), HIGH + 8, 0x1000), [0xff8, 8]);
 }
+
+#[test]
+fn what_was_near_is_forgotten_with_the_pin() {
+    /// A whole node is taken off by one store, so that the old one keeps what it said.
+    const PLACE: u64 = 1 << 21;
+    const IOVA: u64 = 0xc000_0000;
+    let (daemon, memory, attachment) = Daemon::with_memory(16);
+    for page in 1..=3 {
+        memory.poke(page * PAGE_SIZE, &page.to_le_bytes());
+    }
+    let at = GuestAddress(IOVA);
+    let renew = |target: u64| {
+        daemon.unmap(IOVA, PLACE);
+        daemon.map(IOVA, PAGE_SIZE, target, Access::READ_WRITE);
+    };
+    let reader = attachment.reader().expect("a reader");
+    renew(PAGE_SIZE);
+    {
+        let outer = reader.pin().expect("pin");
+        for _ in 0..2 {
+            let inner = reader.pin().expect("pin");
+            assert_eq!(inner.read_obj::<u64>(at).expect("mapped"), 1);
+        }
+        renew(2 * PAGE_SIZE);
+        // As every lookup under a pin that is older than the removal.
+        assert_eq!(outer.read_obj::<u64>(at).expect("mapped"), 1);
+    }
+    assert_eq!(reader.pin().expect("pin").read_obj::<u64>(at).expect("mapped"), 2);
+    renew(3 * PAGE_SIZE);
+    let guard = reader.pin().expect("pin");
+    assert_eq!(guard.read_obj::<u64>(at).expect("mapped"), 3);
+    // Emptied under the pin: found nowhere, whatever is kept.
+    daemon.unmap(IOVA, PAGE_SIZE);
+    assert!(guard.read_obj::<u64>(at).is_err());
+    drop(guard);
+    daemon.unmap(IOVA, PLACE);
+    let guard = reader.pin().expect("pin");
+    assert!(guard.read_obj::<u64>(at).is_err());
+}

@@ -20,6 +20,7 @@ use iotlb_tests::bench::measure::Shuffle;
 use iotlb_tests::bench::peers::PAGE;
 use iotlb_tests::bench::rig::{self, Rig};
 use iotlb_tests::bench::session::{BATCH, Session};
+use vm_memory::{Bytes, GuestAddress};
 
 /// Live entries behind every path: the middle size of the other benchmarks.
 const ENTRIES: u64 = 2_048;
@@ -34,11 +35,12 @@ const SLACK: f64 = 0.05;
 type Run = fn(usize, &Path);
 
 /// Name, which is also part of the counted function's name, and what runs it.
-const PATHS: [(&str, Run); 11] = [
+const PATHS: [(&str, Run); 12] = [
     ("lookup", with_reader::<0>),
     ("translate", with_reader::<1>),
     ("pin_unpin", with_reader::<2>),
     ("burst_address", with_reader::<3>),
+    ("guest_memory_read", with_reader::<4>),
     ("insert", |count, _| edit(count, true)),
     ("remove", |count, _| edit(count, false)),
     ("miss_post", |count, _| miss(count, true)),
@@ -79,7 +81,7 @@ fn main() {
             more = true;
             "MORE"
         };
-        println!("{name:<14} {now:>8.2} instructions, written down {before:>8.2}: {verdict}");
+        println!("{name:<18} {now:>8.2} instructions, written down {before:>8.2}: {verdict}");
     }
     drop(rig);
     std::process::exit(i32::from(more));
@@ -128,7 +130,8 @@ fn with_reader<const WHAT: usize>(count: usize, socket: &Path) {
         0 => counted_lookup(&reader.pin().expect("the daemon lives"), &visits),
         1 => counted_translate(&reader.pin().expect("the daemon lives"), &visits),
         2 => counted_pin_unpin(&reader, count),
-        _ => counted_burst_address(&reader.pin().expect("the daemon lives"), &visits),
+        3 => counted_burst_address(&reader.pin().expect("the daemon lives"), &visits),
+        _ => counted_guest_memory_read(&reader.pin().expect("the daemon lives"), &visits),
     }
 }
 
@@ -160,6 +163,14 @@ fn counted_burst_address(guard: &Guard<'_>, visits: &[(u64, u64)]) {
     for burst in visits.chunks(BURST) {
         assert_eq!(guard.translate_burst(burst, Access::READ, &mut out), BURST);
         black_box(&out);
+    }
+}
+
+/// As a virtio queue reads a descriptor.
+#[inline(never)]
+fn counted_guest_memory_read(guard: &Guard<'_>, visits: &[(u64, u64)]) {
+    for &(iova, _) in visits {
+        black_box(guard.read_obj::<[u64; 2]>(GuestAddress(iova)).expect("a hit"));
     }
 }
 

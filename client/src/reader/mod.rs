@@ -9,6 +9,7 @@ use std::time::Instant;
 use iotlb_proto::epoch;
 use iotlb_proto::shm::SharedObject;
 use iotlb_proto::sync::{AtomicU64, Ordering};
+use iotlb_proto::tree::NearNodes;
 
 use crate::attach::Attachment;
 use crate::guard::Guard;
@@ -25,6 +26,8 @@ const FLUSH_LOOKUPS: u64 = 1024;
 const KEEPS_PIECES: u64 = 1 << 63;
 /// In [`Reader::due`]: there are inner guards.
 const NESTED: u64 = 1 << 62;
+/// In [`Reader::due`]: this pin keeps nodes.
+const KEEPS_NODES: u64 = 1 << 61;
 /// In [`Reader::due`]: lookups not flushed yet. As many as nine years of them under one pin.
 const LOOKUPS: u64 = (1 << 56) - 1;
 
@@ -91,6 +94,8 @@ pub struct Reader {
     faults: Cell<u64>,
     /// What the translations of this pin keep.
     pieces: RefCell<Pieces>,
+    /// Nodes that this pin met.
+    near: NearNodes,
     spin: Spin,
     /// For the end of a long request, once the rest is there.
     end_spin: Spin,
@@ -113,6 +118,7 @@ impl Reader {
             due: Cell::new(0),
             faults: Cell::new(0),
             pieces: RefCell::default(),
+            near: NearNodes::default(),
             spin: Spin::default(),
             end_spin: Spin::default(),
         })
@@ -188,6 +194,10 @@ impl Reader {
         if self.due.get() & KEEPS_PIECES != 0 {
             self.due.set(self.due.get() & !KEEPS_PIECES);
             self.pieces.borrow_mut().clear();
+        }
+        if self.due.get() & KEEPS_NODES != 0 {
+            self.due.set(self.due.get() & !KEEPS_NODES);
+            self.near.clear();
         }
         if self.due.get() >= FLUSH_LOOKUPS {
             self.flush_counters();
@@ -311,6 +321,18 @@ impl Reader {
 
     pub(crate) fn kept_piece(&self, at: usize) -> Option<Piece> {
         self.pieces.borrow().get(at)
+    }
+
+    /// Nodes of the table that this pin met.
+    #[inline(always)]
+    pub(crate) fn near_nodes(&self) -> &NearNodes {
+        &self.near
+    }
+
+    /// The same, to keep one until the pin ends.
+    pub(crate) fn keep_near_nodes(&self) -> &NearNodes {
+        self.due.set(self.due.get() | KEEPS_NODES);
+        &self.near
     }
 
     #[inline]

@@ -7,7 +7,7 @@ use crate::access::Access;
 use crate::layout::table::TableHeader;
 use crate::shm::SharedObject;
 use crate::sync::{AtomicU64, Ordering};
-use crate::tree::{Leaf, Top};
+use crate::tree::{Leaf, NearNodes, Top};
 
 /// Attempts to copy a queue record between two of the daemon's changes. One change is some ten stores, and they are
 /// rare.
@@ -84,6 +84,20 @@ impl TableReader {
     #[must_use]
     pub fn page<'t>(&'t self, top: Top<'t>, iova: u64, access: Access) -> Option<u64> {
         top.page(self.memory.nodes(), iova, access)
+    }
+
+    /// As [`TableReader::page`], when the node is one of `near`, which this pin met in this table; see
+    /// [`NearNodes::page`].
+    #[inline(always)]
+    #[must_use]
+    pub fn page_near(&self, near: &NearNodes, iova: u64, access: Access) -> Option<u64> {
+        near.page(self.memory.nodes(), iova, access)
+    }
+
+    /// As [`TableReader::page`], and keeps the node in `near`; see [`NearNodes::keep`].
+    #[inline]
+    pub fn page_kept(&self, near: &NearNodes, top: Top<'_>, iova: u64, access: Access) -> Option<u64> {
+        near.keep(top, self.memory.nodes(), iova, access)
     }
 
     /// The byte-granular range around `iova`, which counts only when the tree has no leaf there.

@@ -57,6 +57,7 @@
 //! | --- | --- |
 //! | [`entry`] | what a word says |
 //! | [`walk`] | the reader's lookup |
+//! | [`near`] | nodes a reader comes back to |
 //! | [`pool`] | free, used and retired nodes |
 //! | [`edit`] | what the writer knows; insert, split |
 //! | [`span`] | the entries of a node that a range touches |
@@ -70,6 +71,7 @@ pub mod detached;
 pub mod edit;
 pub mod entry;
 pub mod evict;
+pub mod near;
 pub mod pool;
 pub mod remove;
 pub mod slice;
@@ -78,6 +80,7 @@ pub mod targets;
 pub mod walk;
 
 pub use edit::{NeedsNodes, Tree, TreeView};
+pub use near::NearNodes;
 pub use slice::{Budget, SLICE_WORDS};
 pub use targets::TargetRemoval;
 pub use walk::{Leaf, Top, lookup};

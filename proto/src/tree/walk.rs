@@ -126,24 +126,41 @@ impl<'t> Top<'t> {
     #[inline(always)]
     #[must_use]
     pub fn word(self, nodes: &'t [Node], iova: u64) -> Option<&'t AtomicU64> {
+        word_of(nodes, self.lowest(nodes, iova)?, iova)
+    }
+
+    /// The number of the lowest node around `iova`; past the end of `nodes` when there is none.
+    #[inline(always)]
+    pub(super) fn lowest(self, nodes: &[Node], iova: u64) -> Option<usize> {
         // Fits: the crate is for 64-bit targets only. Not masked: an address too high is past the end.
         #[allow(clippy::cast_possible_truncation)]
         let number = (iova >> level_shift(2)) as usize;
         // Acquire, here and below, as in `lookup`.
         let upper = self.node?.entries.get(number)?.load(Ordering::Acquire);
         let middle = &nodes.get(entry::child_if_link(upper))?.entries[index(iova, level_shift(1))];
-        let lowest = nodes.get(entry::child_if_link(middle.load(Ordering::Acquire)))?;
-        Some(&lowest.entries[index(iova, level_shift(0))])
+        Some(entry::child_if_link(middle.load(Ordering::Acquire)))
     }
 
     /// The entry of the page around `iova`, when it is a leaf that allows `access`.
     #[inline(always)]
     #[must_use]
     pub fn page(self, nodes: &'t [Node], iova: u64, access: Access) -> Option<u64> {
-        // Acquire pairs with the release in `edit`: who sees an entry sees the memory-map generation it needs.
-        let found = self.word(nodes, iova)?.load(Ordering::Acquire);
-        entry::is_leaf_for(found, access).then_some(found)
+        leaf_in(self.word(nodes, iova)?, access)
     }
+}
+
+/// The word of the 4 KiB page around `iova` in the lowest node with this number, if there is such a node.
+#[inline(always)]
+pub(super) fn word_of(nodes: &[Node], lowest: usize, iova: u64) -> Option<&AtomicU64> {
+    Some(&nodes.get(lowest)?.entries[index(iova, level_shift(0))])
+}
+
+/// The entry in a word of a lowest node, when it is a leaf that allows `access`.
+#[inline(always)]
+pub(super) fn leaf_in(word: &AtomicU64, access: Access) -> Option<u64> {
+    // Acquire pairs with the release in `edit`: who sees an entry sees the memory-map generation it needs.
+    let found = word.load(Ordering::Acquire);
+    entry::is_leaf_for(found, access).then_some(found)
 }
 
 /// Position of `iova` in a node whose entries span `1 << shift` bytes.

@@ -6,12 +6,10 @@
 //! | [`burst`] | many lookups in one call against one by one, in large tables |
 //! | [`neighbour`] | the same lookups while another process does them too |
 //! | [`edit`] | the writer: insert, remove, a million at once, nothing at all |
-//! | [`chain`] | a virtio chain through `virtio_queue`, against plain guest memory |
 //! | [`footprint`] | bytes an entry, a worker, an idle device |
 //! | [`growth`] | curves over readers, devices and queues |
 
 pub mod burst;
-pub mod chain;
 pub mod edit;
 pub mod footprint;
 pub mod growth;
@@ -53,13 +51,12 @@ impl Run {
 /// A group: its name, and what measures it.
 pub type Group = (&'static str, fn(&mut Run) -> Outcome);
 
-/// All groups, in the order of the table.
+/// All groups of this crate, in the order of the table.
 pub const ALL: &[Group] = &[
     ("hit", hit::run),
     ("burst", burst::run),
     ("neighbour", neighbour::run),
     ("edit", edit::run),
-    ("chain", chain::run),
     ("footprint", footprint::run),
     ("growth", growth::run),
     ("daemon", |run| super::daemon::rows(&mut run.rows)),

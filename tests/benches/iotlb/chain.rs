@@ -1,4 +1,7 @@
 //! A virtio chain through `virtio_queue`: over a pin, and over plain guest memory as a device without IOMMU has it.
+//!
+//! Not with the other groups: generic code of `virtio_queue` and `vm_memory` is compiled in the crate that uses it, and
+//! how a large crate is cut into units decides what is inlined, in the peer as in ours. Here no other group moves it.
 
 use std::hint::black_box;
 
@@ -7,11 +10,11 @@ use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
-use super::{BURST, Outcome, Run};
-use crate::bench::measure::{Contestant, interleave};
-use crate::bench::peers::{PAGE, Page};
-use crate::bench::report::{Row, Target};
-use crate::bench::rig::Rig;
+use iotlb_tests::bench::groups::{BURST, Outcome, Run};
+use iotlb_tests::bench::measure::{Contestant, interleave};
+use iotlb_tests::bench::peers::{PAGE, Page};
+use iotlb_tests::bench::report::{Row, Target};
+use iotlb_tests::bench::rig::Rig;
 
 /// Descriptors of the ring.
 const RING: u16 = 256;
@@ -73,7 +76,7 @@ fn high(address: u64) -> Option<u32> {
 ///
 /// # Errors
 /// The service does not stand, or the ring is refused.
-pub fn run(run: &mut Run) -> Outcome {
+pub(crate) fn run(run: &mut Run) -> Outcome {
     eprintln!("chain: one buffer of {BUFFER} bytes over two pages");
     let mut rig = Rig::start()?;
     let pages = rig.fill(PAGES)?;

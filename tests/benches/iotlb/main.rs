@@ -4,12 +4,21 @@
 //! directory. Arguments: names of groups, to run only those; `--quick` for a run that only shows that everything still
 //! works; `--record FOLDER` to write the run as Markdown and its first curve as SVG (`docs/bench` holds such a run).
 
+mod chain;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use iotlb_tests::bench::groups::{ALL, Run};
+use iotlb_tests::bench::groups::{self, Group, Run};
 use iotlb_tests::bench::report::{curves_path, curves_text, json_path, markdown, table, write_curves, write_rows};
 use iotlb_tests::bench::{chart, child, hardware};
+
+/// All groups, in the order of the table; [`chain`] says why it is one of this crate.
+fn all() -> Vec<Group> {
+    let mut all = groups::ALL.to_vec();
+    all.push(("chain", chain::run));
+    all
+}
 
 fn main() -> ExitCode {
     let result = child::run_if_child().unwrap_or_else(parent);
@@ -23,6 +32,7 @@ fn main() -> ExitCode {
 }
 
 fn parent() -> Result<(), Box<dyn std::error::Error>> {
+    let all = all();
     let mut run = Run::default();
     let mut names = Vec::new();
     let mut record: Option<PathBuf> = None;
@@ -33,14 +43,14 @@ fn parent() -> Result<(), Box<dyn std::error::Error>> {
             // Cargo says this to every benchmark.
             "--bench" => {}
             "--record" => record = Some(arguments.next().ok_or("--record needs a folder")?.into()),
-            name if ALL.iter().any(|(known, _)| known.contains(name)) => names.push(argument),
+            name if all.iter().any(|(known, _)| known.contains(name)) => names.push(argument),
             other => {
-                let known: Vec<_> = ALL.iter().map(|(name, _)| *name).collect();
+                let known: Vec<_> = all.iter().map(|(name, _)| *name).collect();
                 return Err(format!("no group has {other} in its name; there are {}", known.join(", ")).into());
             }
         }
     }
-    for (name, group) in ALL {
+    for (name, group) in &all {
         if names.is_empty() || names.iter().any(|wanted| name.contains(wanted.as_str())) {
             group(&mut run)?;
         }

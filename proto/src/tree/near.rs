@@ -1,0 +1,181 @@
+//! Lowest nodes that one pin has met: for who comes back to the same few places, such as a ring's three parts and the
+//! buffers around them.
+//!
+//! A node may be kept for the length of a pin, the lowest as well as the root ([`super::walk`] says why), and as there,
+//! a miss below a kept node means nothing yet: it may have been replaced since.
+
+use std::cell::Cell;
+
+use super::level_shift;
+use super::walk::{Top, leaf_in, word_of};
+use crate::access::Access;
+use crate::layout::table::Node;
+
+/// Nodes kept: a cache line of them. Each holds 2 MiB of addresses.
+const KEPT: usize = 4;
+
+/// No place below 512 GiB has this number.
+const NOWHERE: u64 = u64::MAX;
+
+/// A node by the number of the 2 MiB it holds.
+#[derive(Clone, Copy, Debug)]
+struct Kept {
+    place: u64,
+    node: usize,
+}
+
+/// The nodes. Empty it when the pin ends.
+#[derive(Debug)]
+#[repr(align(64))]
+pub struct NearNodes {
+    kept: [Cell<Kept>; KEPT],
+}
+
+impl Default for NearNodes {
+    fn default() -> Self {
+        NearNodes { kept: [const { Cell::new(Kept { place: NOWHERE, node: 0 }) }; KEPT] }
+    }
+}
+
+impl NearNodes {
+    /// As [`Top::page`], in one step, when the node is kept.
+    #[inline(always)]
+    #[must_use]
+    pub fn page(&self, nodes: &[Node], iova: u64, access: Access) -> Option<u64> {
+        let kept = self.kept[slot(iova)].get();
+        if kept.place != place(iova) {
+            return None;
+        }
+        leaf_in(word_of(nodes, kept.node, iova)?, access)
+    }
+
+    /// As [`Top::page`], and keeps the node.
+    #[inline]
+    pub fn keep(&self, top: Top<'_>, nodes: &[Node], iova: u64, access: Access) -> Option<u64> {
+        let node = top.lowest(nodes, iova)?;
+        let word = word_of(nodes, node, iova)?;
+        self.kept[slot(iova)].set(Kept { place: place(iova), node });
+        leaf_in(word, access)
+    }
+
+    /// Forgets all nodes.
+    pub fn clear(&self) {
+        for kept in &self.kept {
+            kept.set(Kept { place: NOWHERE, node: 0 });
+        }
+    }
+}
+
+/// Number of the 2 MiB around `iova`.
+#[inline]
+const fn place(iova: u64) -> u64 {
+    iova >> level_shift(1)
+}
+
+/// Where the node around `iova` is kept: neighbours do not take each other's place.
+#[inline]
+const fn slot(iova: u64) -> usize {
+    // Masked.
+    #[allow(clippy::cast_possible_truncation)]
+    {
+        place(iova) as usize & (KEPT - 1)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+    use crate::iova::IovaRange;
+    use crate::sync::Ordering;
+    use crate::table::{TableConfig, TableReader, TableWriter};
+    use crate::tree::entry;
+
+    const GIB: u64 = 1 << 30;
+    const PLACE: u64 = 1 << 21;
+
+    fn leaf(target: u64) -> Option<u64> {
+        Some(entry::leaf(target, Access::READ))
+    }
+
+    fn insert(table: &mut TableWriter, iova: u64, target: u64) {
+        table.insert(IovaRange::page_of(iova), target, Access::READ).expect("there is room");
+    }
+
+    fn tables() -> (TableWriter, TableReader) {
+        let (table, fd) = TableWriter::create(&TableConfig { size: 1 << 20, generation: 1 }).expect("a table");
+        let size = table.memory().header().identity.segment_size.load(Ordering::Relaxed);
+        let reader = TableReader::open(fd.as_fd(), size).expect("mapped");
+        (table, reader)
+    }
+
+    #[test]
+    fn a_kept_node_serves_its_place_and_no_other() {
+        let (mut table, reader) = tables();
+        let near = NearNodes::default();
+        // One place more than are kept: the last takes the first one's slot.
+        let places: Vec<u64> = (0..=KEPT as u64).map(|n| GIB + n * PLACE).collect();
+        for (n, iova) in (1..).zip(&places) {
+            insert(&mut table, *iova, n << 12);
+        }
+        let top = reader.top(reader.root());
+        for (n, iova) in (1..).zip(&places) {
+            assert_eq!(reader.page_near(&near, *iova, Access::READ), None, "not met yet");
+            assert_eq!(reader.page_kept(&near, top, *iova, Access::READ), leaf(n << 12));
+            assert_eq!(reader.page_near(&near, *iova + 7, Access::READ), leaf(n << 12));
+            assert_eq!(reader.page_near(&near, *iova, Access::WRITE), None);
+            assert_eq!(reader.page_near(&near, *iova + 4096, Access::READ), None);
+        }
+        assert_eq!(reader.page_near(&near, places[0], Access::READ), None, "its slot was taken");
+        assert_eq!(reader.page_near(&near, places[1], Access::READ), leaf(2 << 12));
+        near.clear();
+        assert!(places.iter().all(|iova| reader.page_near(&near, *iova, Access::READ).is_none()));
+    }
+
+    #[test]
+    fn a_node_is_kept_where_a_top_finds_one() {
+        let (mut table, reader) = tables();
+        let near = NearNodes::default();
+        insert(&mut table, 0, 0x1000);
+        assert_eq!(reader.page_kept(&near, reader.top(reader.root()), 0, Access::READ), None, "not the usual tree");
+        insert(&mut table, GIB, 0x2000);
+        let top = reader.top(reader.root());
+        for nowhere in [2 * GIB, GIB + PLACE, 1 << 45, u64::MAX] {
+            assert_eq!(reader.page_kept(&near, top, nowhere, Access::READ), None, "{nowhere:#x}");
+            assert_eq!(reader.page_near(&near, nowhere, Access::READ), None, "{nowhere:#x}");
+        }
+        // No entry for this page yet, but a node that will have it.
+        assert_eq!(reader.page_kept(&near, top, GIB + 4096, Access::READ), None);
+        insert(&mut table, GIB + 4096, 0x3000);
+        assert_eq!(reader.page_near(&near, GIB + 4096, Access::READ), leaf(0x3000));
+    }
+
+    #[test]
+    fn a_replaced_node_says_what_it_said_until_it_is_forgotten() {
+        let (mut table, reader) = tables();
+        let near = NearNodes::default();
+        insert(&mut table, GIB, 0x2000);
+        assert_eq!(reader.page_kept(&near, reader.top(reader.root()), GIB, Access::READ), leaf(0x2000));
+        table.remove(IovaRange::new(GIB, GIB + PLACE - 1).expect("a range"));
+        insert(&mut table, GIB, 0x4000);
+        // The removal is not acknowledged before this pin has ended.
+        assert_eq!(reader.page_near(&near, GIB, Access::READ), leaf(0x2000));
+        near.clear();
+        assert_eq!(reader.page_near(&near, GIB, Access::READ), None);
+        assert_eq!(reader.page_kept(&near, reader.top(reader.root()), GIB, Access::READ), leaf(0x4000));
+    }
+
+    #[test]
+    fn a_broken_writer_leads_nowhere() {
+        let node = || Node { entries: std::array::from_fn(|_| crate::sync::AtomicU64::new(0)) };
+        let nodes = [node(), node()];
+        nodes[0].entries[0].store(entry::link(1), Ordering::Relaxed);
+        for link in [entry::link(2), entry::link(u32::MAX), entry::leaf(0, Access::READ), u64::MAX, 0x1003] {
+            nodes[1].entries[0].store(link, Ordering::Relaxed);
+            let near = NearNodes::default();
+            assert_eq!(near.keep(Top::new(entry::root(0, 3), &nodes), &nodes, 0, Access::NONE), None, "{link:#x}");
+            assert_eq!(near.page(&nodes, 0, Access::NONE), None, "{link:#x}");
+        }
+    }
+}
