@@ -7,6 +7,11 @@ use super::header::{HEADER_LEN, guest_header_len};
 use super::rx::PACKETS_PER_PIN;
 use crate::queue::vring::{RingFault, RingMemory, Vring};
 
+/// Bytes in the ring from the next packet on whose buffers are asked for together: that packet and the one behind it
+/// where they are as large as packets come, dozens of small ones. A front-end takes one page after the other, so more
+/// would not be here sooner; but QEMU's loop holds the lock meanwhile that the guest needs to make the next packet.
+const AHEAD_BYTES: usize = PACKET_MAX + 1;
+
 /// Bytes of an Ethernet header: shorter frames are none.
 const FRAME_MIN: usize = 14;
 
@@ -48,6 +53,7 @@ pub fn collect<M: RingMemory + ?Sized>(
     let header_len = guest_header_len(features);
     let mut budget = room.min(backlog.room()).min(PACKETS_PER_PIN);
     burst.disable_kick();
+    burst.look_ahead_for(AHEAD_BYTES);
     done.fault = loop {
         if budget == 0 || backlog.room() == 0 {
             // Whoever makes room comes again.
