@@ -13,7 +13,7 @@ use iotlb_proto::iova::{IovaRange, PAGE_SHIFT};
 use iotlb_proto::layout::worker::CELL_PAGES_MAX;
 
 pub(crate) use resolve::resolve;
-pub(crate) use spin::Spin;
+pub(crate) use spin::{Spin, Spinning};
 pub use ticket::Ticket;
 
 use crate::reader::PinError;

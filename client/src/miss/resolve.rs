@@ -105,10 +105,9 @@ fn ask(reader: &mut Reader, mut chunks: Chunks, access: Access, deadline: Instan
 
 /// Waits until all are resolved, or one is refused.
 fn wait_for_all(tickets: &mut [Ticket], spin: &mut Spin, deadline: Instant) -> Result<(), ResolveError> {
-    let started = Instant::now();
-    let spin_until = started + spin.length();
+    let mut spinning = spin.begin();
     // From the last on: answers mostly come in order, so that this sleeps once.
-    let result = tickets.iter_mut().rev().try_for_each(|ticket| match ticket.wait(spin_until, deadline)? {
+    let result = tickets.iter_mut().rev().try_for_each(|ticket| match ticket.wait(&mut spinning, deadline)? {
         Answer::Resolved => Ok(()),
         Answer::Denied => Err(ResolveError::Denied),
         Answer::TimedOut => Err(ResolveError::TimedOut),
@@ -116,7 +115,7 @@ fn wait_for_all(tickets: &mut [Ticket], spin: &mut Spin, deadline: Instant) -> R
         Answer::Invalid => Err(ResolveError::Invalid),
     });
     // A refusal that comes late is as good a reason not to spin.
-    spin.answered_after(started.elapsed());
+    spin.answered(&spinning);
     result
 }
 

@@ -5,10 +5,16 @@
 //! it waits for from running, and does so in vain when answers take longer anyway. So a thread spins while that lately
 //! paid, and tries again now and then when it did not.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// Longest spin: about the round trip to a front-end that is awake.
-const SPIN_MAX: Duration = Duration::from_micros(20);
+/// Longest spin: about what it costs to be woken up. The daemon polls as long, at most.
+const SPIN_MAX: Duration = Duration::from_micros(50);
+
+/// Rounds of spinning, some 25 ns each, from one yield to the next.
+const YIELD_EVERY: u32 = 256;
+
+/// A yield that took so long gave the processor to somebody who wants it for long: whoever is waited for may be next.
+const CROWDED: Duration = Duration::from_micros(20);
 
 /// After a spin in vain, so many waits go without; doubled each time.
 const SKIP_MIN: u32 = 1;
@@ -31,8 +37,13 @@ impl Default for Spin {
 }
 
 impl Spin {
-    /// How long to spin in the wait that begins now.
-    pub(crate) fn length(&self) -> Duration {
+    /// The spin of the wait that begins now.
+    pub(crate) fn begin(&self) -> Spinning {
+        let started = Instant::now();
+        Spinning { started, until: started + self.length(), rounds: 0 }
+    }
+
+    fn length(&self) -> Duration {
         if self.is_due() { SPIN_MAX } else { Duration::ZERO }
     }
 
@@ -47,7 +58,11 @@ impl Spin {
     }
 
     /// The wait is over.
-    pub(crate) fn answered_after(&mut self, waited: Duration) {
+    pub(crate) fn answered(&mut self, spinning: &Spinning) {
+        self.answered_after(spinning.started.elapsed());
+    }
+
+    fn answered_after(&mut self, waited: Duration) {
         if waited <= SPIN_MAX {
             // Soon enough for a spin, whether there was one or not.
             *self = Spin::default();
@@ -56,6 +71,39 @@ impl Spin {
         } else {
             self.skip = self.penalty;
             self.penalty = (self.penalty.saturating_mul(2)).min(SKIP_MAX);
+        }
+    }
+}
+
+/// One wait.
+#[derive(Debug)]
+pub(crate) struct Spinning {
+    started: Instant,
+    until: Instant,
+    rounds: u32,
+}
+
+impl Spinning {
+    /// Lets a moment pass; `false`: it is time to sleep.
+    pub(crate) fn goes_on(&mut self) -> bool {
+        let now = Instant::now();
+        if now >= self.until {
+            return false;
+        }
+        self.rounds += 1;
+        if self.rounds.is_multiple_of(YIELD_EVERY) {
+            std::thread::yield_now();
+            self.yielded(now, now.elapsed());
+        } else {
+            std::hint::spin_loop();
+        }
+        true
+    }
+
+    /// A yield at `now` took so long.
+    fn yielded(&mut self, now: Instant, took: Duration) {
+        if took > CROWDED {
+            self.until = now;
         }
     }
 }
@@ -98,6 +146,25 @@ mod tests {
             }
         }
         assert!((4..32).contains(&tries), "{tries} tries");
+    }
+
+    #[test]
+    fn a_spin_ends_by_itself_and_where_others_want_the_processor() {
+        let spin = Spin::default();
+        let mut spinning = spin.begin();
+        while spinning.goes_on() {}
+        assert!(spinning.started.elapsed() >= SPIN_MAX);
+
+        let mut spinning = spin.begin();
+        spinning.until += Duration::from_secs(3600);
+        spinning.yielded(Instant::now(), CROWDED);
+        assert!(spinning.goes_on());
+        spinning.yielded(Instant::now(), CROWDED + Duration::from_nanos(1));
+        assert!(!spinning.goes_on());
+
+        let mut spin = Spin::default();
+        spin.answered_after(2 * SPIN_MAX);
+        assert!(!spin.begin().goes_on(), "it did not pay");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use iotlb_proto::sync::Ordering;
 use iotlb_proto::worker::cell::posted_state;
 use rustix::thread::futex;
 
-use super::{RequestError, ResolveError, Spin, cells, pages};
+use super::{RequestError, ResolveError, Spin, Spinning, cells, pages};
 use crate::shared::{Shared, slice_until};
 use crate::{Access, Answer, thread_pins};
 
@@ -63,9 +63,9 @@ impl Ticket {
         if thread_pins::count() != 0 {
             return Err(ResolveError::Pinned);
         }
-        let started = Instant::now();
-        let answer = self.wait(started + spin.length(), deadline);
-        spin.answered_after(started.elapsed());
+        let mut spinning = spin.begin();
+        let answer = self.wait(&mut spinning, deadline);
+        spin.answered(&spinning);
         answer
     }
 
@@ -102,14 +102,13 @@ impl Ticket {
         cell.set_sleeping(false);
     }
 
-    /// Waits for the answer: spins first, until `spin_until`.
-    pub(super) fn wait(&mut self, spin_until: Instant, deadline: Instant) -> Result<Answer, ResolveError> {
+    /// Waits for the answer: spins first.
+    pub(super) fn wait(&mut self, spinning: &mut Spinning, deadline: Instant) -> Result<Answer, ResolveError> {
         loop {
             if let Some(answer) = self.take_answer() {
                 return Ok(answer);
             }
-            if Instant::now() < spin_until {
-                std::hint::spin_loop();
+            if spinning.goes_on() {
                 continue;
             }
             self.shared.check()?;
