@@ -1,5 +1,5 @@
 //! The bare chains that a miss is measured against: a word from the asker to the answerer, 44 bytes over a socket to a
-//! blocked thread, 44 bytes back, a word to the asker.
+//! blocked thread, which makes an UPDATE of them as the front-end does, 44 bytes back, a word to the asker.
 //!
 //! In `Polling` asker and answerer spin and yield, as a client and a daemon do while misses come one after the other.
 //! In `Sleeping` nobody does: an eventfd wakes the answerer up in `epoll_wait`, the socket the front-end in `read`,
@@ -19,20 +19,22 @@ use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::net::{RecvFlags, recv};
 use rustix::thread::futex;
 
-use super::service::IOTLB_LEN;
+use super::service::{IOTLB_LEN, answer, update};
 use crate::processors::bind;
 
 /// How long a client spins before it sleeps; the asker of [`Polling`] does the same.
 const SPIN: Duration = Duration::from_micros(20);
 
-/// A thread that sends each message back, blocking. It ends with the stream that is returned.
+/// A thread that answers each message, blocking. It ends with the stream that is returned.
 fn spawn_front_end(cpu: Option<usize>) -> std::io::Result<(UnixStream, JoinHandle<()>)> {
     let (near, far) = UnixStream::pair()?;
     let front_end = std::thread::spawn(move || {
         bind(cpu);
         let (mut far, mut miss) = (&far, [0; IOTLB_LEN]);
-        // A MISS is as long as an UPDATE. An Err is the end.
-        while far.read_exact(&mut miss).and_then(|()| far.write_all(&miss)).is_ok() {}
+        // A MISS is as long as an UPDATE. An Err or None is the end.
+        while far.read_exact(&mut miss).is_ok() && answer(&miss, 0).is_some_and(|update| far.write_all(&update).is_ok())
+        {
+        }
     });
     Ok((near, front_end))
 }
@@ -112,7 +114,7 @@ impl Polling {
 
 /// The answerer: a word in, a message out, a message in, a word out; yields in between.
 fn relay(words: &Words, stream: &UnixStream) {
-    let mut message = [0; IOTLB_LEN];
+    let mut message = update(0, 0);
     let mut taken = 0;
     loop {
         match words.state.0.load(Ordering::Acquire) {
@@ -191,7 +193,7 @@ impl Sleeping {
 
 /// The answerer: a bell in, a message out, a message in, a word out.
 fn serve(set: &OwnedFd, bell: &OwnedFd, mut stream: &UnixStream, answered: &Line) -> std::io::Result<()> {
-    let mut message = [0; IOTLB_LEN];
+    let mut message = update(0, 0);
     let mut events = Vec::with_capacity(2);
     loop {
         events.clear();

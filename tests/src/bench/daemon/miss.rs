@@ -12,12 +12,12 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use iotlb_client::{Access, Reader};
-use iotlbd::sim::wire::{BACKEND_IOTLB, HEADER_LEN, Iotlb, MessageHeader};
+use iotlbd::sim::wire::{BACKEND_IOTLB, HEADER_LEN, MessageHeader};
 use rustix::thread::CpuSet;
 
 use super::hops::{Polling, Sleeping};
 use super::place::Place;
-use super::service::{ACK_LEN, IOTLB_LEN, IOVA_BASE, Service, update};
+use super::service::{ACK_LEN, IOTLB_LEN, IOVA_BASE, Service, answer};
 use super::{Outcome, median_ns, time_ns};
 use crate::bench::peers::PAGE;
 use crate::bench::report::{Row, Target};
@@ -158,18 +158,16 @@ fn answer_misses(
 ) -> std::io::Result<()> {
     let mut bytes = vec![0; 64 * IOTLB_LEN];
     let mut filled = 0;
+    let mut updates: Vec<[u8; IOTLB_LEN]> = Vec::with_capacity(64);
     let mut acks = vec![0; 64 * ACK_LEN];
     loop {
         match back_end.read(&mut bytes[filled..])? {
             0 => return Ok(()),
             count => filled += count,
         }
-        let whole = filled - filled % IOTLB_LEN;
-        let updates: Vec<[u8; IOTLB_LEN]> = bytes[..whole]
-            .chunks_exact(IOTLB_LEN)
-            .filter_map(|miss| Iotlb::decode(&miss[HEADER_LEN..]))
-            .map(|miss| update(miss.iova & !(PAGE - 1), user_address))
-            .collect();
+        let (misses, _) = bytes[..filled].as_chunks::<IOTLB_LEN>();
+        updates.clear();
+        updates.extend(misses.iter().filter_map(|miss| answer(miss, user_address)));
         if pipelines.load(Ordering::Relaxed) {
             main.write_all(updates.as_flattened())?;
             main.read_exact(&mut acks[..updates.len() * ACK_LEN])?;
@@ -187,7 +185,8 @@ fn answer_misses(
             }
         }
         // Only those that asked for one get a reply.
-        let asked = bytes[..whole].chunks_exact(IOTLB_LEN).filter(|miss| needs_reply(miss)).count();
+        let asked = misses.iter().filter(|miss| needs_reply(&miss[..])).count();
+        let whole = misses.len() * IOTLB_LEN;
         for _ in 0..asked {
             let mut reply = [0; ACK_LEN];
             reply[..HEADER_LEN].copy_from_slice(&MessageHeader::reply(BACKEND_IOTLB).encode());

@@ -103,6 +103,12 @@ pub fn update(iova: u64, user_address: u64) -> [u8; IOTLB_LEN] {
     message(&Iotlb::update(iova, PAGE, user_address, Access::READ_WRITE))
 }
 
+/// What the front-end says to a MISS: an UPDATE of the page. `None`: it is no such message.
+#[must_use]
+pub fn answer(miss: &[u8; IOTLB_LEN], user_address: u64) -> Option<[u8; IOTLB_LEN]> {
+    Iotlb::decode(&miss[HEADER_LEN..]).map(|miss| update(miss.iova & !(PAGE - 1), user_address))
+}
+
 /// An INVALIDATE of one page.
 #[must_use]
 pub fn invalidate(iova: u64) -> [u8; IOTLB_LEN] {
