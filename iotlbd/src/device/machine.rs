@@ -249,7 +249,11 @@ impl Device {
         self.session = Session::default();
         self.misses.channel_replaced();
         // A job that waited is void: its reply has no reader, and all memory goes, what it would have removed included.
-        self.job = Some(Job { memory: Some(self.memory.plan_clear()), close: Some(reason), ..Job::take(Due::Nothing) });
+        self.job = Some(Job {
+            memory: Some(Box::new(self.memory.plan_clear())),
+            close: Some(reason),
+            ..Job::take(Due::Nothing)
+        });
         self.advance();
     }
 

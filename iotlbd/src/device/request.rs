@@ -166,14 +166,14 @@ impl Device {
                     self.table.note_taken();
                 }
                 let identity = self.wants_identity();
-                Ok(Outcome::Job(Job { memory: Some(plan), identity, ask_rings: true, ..Job::take(due) }))
+                Ok(Outcome::Job(Job { memory: Some(Box::new(plan)), identity, ask_rings: true, ..Job::take(due) }))
             }
             Request::GetMaxMemSlots => number(u64::try_from(REGIONS_MAX).unwrap_or(u64::MAX)),
             Request::AddMemReg(description, fd) => {
                 self.needs(protocol::CONFIGURE_MEM_SLOTS, "CONFIGURE_MEM_SLOTS")?;
                 let plan = self.memory.plan_add(&description, fd)?;
                 let identity = self.wants_identity();
-                Ok(Outcome::Job(Job { memory: Some(plan), identity, ask_rings: true, ..Job::give(due) }))
+                Ok(Outcome::Job(Job { memory: Some(Box::new(plan)), identity, ask_rings: true, ..Job::give(due) }))
             }
             Request::RemMemReg(description) => {
                 self.needs(protocol::CONFIGURE_MEM_SLOTS, "CONFIGURE_MEM_SLOTS")?;
@@ -181,7 +181,7 @@ impl Device {
                 // Entries are found by where they point, which is the region, whatever their IOVA is.
                 let (first, last) = region.arena();
                 let removal = TargetRemoval::new(first, last);
-                Ok(Outcome::Job(Job { memory: Some(plan), ask_rings: true, ..Job::unlink(due, removal) }))
+                Ok(Outcome::Job(Job { memory: Some(Box::new(plan)), ask_rings: true, ..Job::unlink(due, removal) }))
             }
 
             Request::SetVringNum(state) => self.set_vring_num(state, due),

@@ -63,15 +63,16 @@ pub(super) enum Stage {
     Settle,
 }
 
-/// One request, or the end of a session, that may have to wait. There is at most one a device.
+/// One request, or the end of a session, that may have to wait. There is at most one a device. What only few of them
+/// have is boxed: each UPDATE is one, and is handed on several times.
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) stage: Stage,
     pub(super) due: Due,
     /// What is to be unlinked, and how far that is.
-    pub(super) removal: Option<TargetRemoval>,
+    pub(super) removal: Option<Box<TargetRemoval>>,
     /// Guest memory after the drain.
-    pub(super) memory: Option<Plan>,
+    pub(super) memory: Option<Box<Plan>>,
     /// Publish guest memory as it is (no IOMMU) once the memory stands.
     pub(super) identity: bool,
     /// What is to be published: nearly always one.
@@ -104,7 +105,7 @@ impl Job {
 
     /// A job that begins with a removal, which is drained then.
     pub(super) fn unlink(due: Due, removal: TargetRemoval) -> Job {
-        Job { stage: Stage::Unlink, removal: Some(removal), ..Job::take(due) }
+        Job { stage: Stage::Unlink, removal: Some(Box::new(removal)), ..Job::take(due) }
     }
 
     /// A job that begins with what it publishes.
@@ -220,7 +221,7 @@ impl Device {
                 if let Some(mut plan) = job.memory.take() {
                     self.memory.commit(&mut plan);
                     if !plan.is_empty() {
-                        self.announce(plan);
+                        self.announce(*plan);
                     }
                     self.refresh_rings();
                 }

@@ -18,8 +18,8 @@ use crate::bench::peers::PAGE;
 pub const IOTLB_LEN: usize = HEADER_LEN + Iotlb::LEN;
 /// Bytes of an acknowledgement.
 pub const ACK_LEN: usize = HEADER_LEN + 8;
-/// First address used. Far from those the driver takes for its rings.
-pub const IOVA_BASE: u64 = 1 << 40;
+/// First address used. Far from those the driver takes for its rings, and in a tree as high as theirs.
+pub const IOVA_BASE: u64 = 1 << 36;
 
 /// A daemon, a front-end after its handshake, a worker. Ends when dropped.
 #[derive(Debug)]
