@@ -1,14 +1,14 @@
 //! How long a thread spins for an answer before it sleeps.
 //!
-//! To be woken up costs several microseconds, most where the processor is a virtual one that went to rest. A front-end
+//! To be woken up costs 5 to 30 microseconds, most where the processor is a virtual one that went to rest. A front-end
 //! that is awake, and a daemon that polls, answer in less. But where processors are few, whoever spins may keep the one
 //! it waits for from running, and does so in vain when answers take longer anyway. So a thread spins while that lately
 //! paid, and tries again now and then when it did not.
 
 use std::time::{Duration, Instant};
 
-/// Longest spin: about what it costs to be woken up. The daemon polls as long, at most.
-const SPIN_MAX: Duration = Duration::from_micros(50);
+/// Longest spin: what a miss takes, on a virtual machine, for which daemon and front-end must be woken up first.
+const SPIN_MAX: Duration = Duration::from_micros(64);
 
 /// Rounds of spinning, some 25 ns each, from one yield to the next.
 const YIELD_EVERY: u32 = 256;
