@@ -119,7 +119,11 @@ impl<'r> Guard<'r> {
     #[cold]
     #[inline(never)]
     fn not_near(&self, iova: u64, access: Access) -> Option<u64> {
-        self.shared.table.page_kept(self.reader.keep_near_nodes(), self.top, iova, access)
+        if self.reader.keep_near(self.top, iova) {
+            self.shared.table.page_near(self.reader.near_nodes(), iova, access)
+        } else {
+            None
+        }
     }
 
     /// The word of the 4 KiB page around `iova`, not loaded yet; `None` when it is not one of the usual ones.

@@ -1,17 +1,19 @@
 //! How long a thread spins for an answer before it sleeps.
 //!
-//! To be woken up costs 5 to 30 microseconds, most where the processor is a virtual one that went to rest. A front-end
-//! that is awake, and a daemon that polls, answer in less. But where processors are few, whoever spins may keep the one
-//! it waits for from running, and does so in vain when answers take longer anyway. So a thread spins while that lately
-//! paid, and tries again now and then when it did not.
+//! To be woken up costs 5 to 30 microseconds, most where the processor is a virtual one that went to rest. Most answers
+//! come soon: in less than that when front-end and daemon are awake, in twice that when both sleep. But where
+//! processors are few, whoever spins may keep the one it waits for from running, and does so in vain when answers take
+//! longer anyway. So a thread spins while that lately paid, tries again now and then when it did not, and lets others
+//! run meanwhile.
 
 use std::time::{Duration, Instant};
 
-/// Longest spin: what a miss takes, on a virtual machine, for which daemon and front-end must be woken up first.
+/// Longest spin: what a miss takes, on a virtual machine, for which daemon and front-end must be woken up first, 45 to
+/// 60 microseconds.
 const SPIN_MAX: Duration = Duration::from_micros(64);
 
-/// Rounds of spinning, some 25 ns each, from one yield to the next.
-const YIELD_EVERY: u32 = 256;
+/// From one yield to the next: a yield costs less than a microsecond while nobody wants the processor.
+const YIELD_EVERY: Duration = Duration::from_micros(6);
 
 /// A yield that took so long gave the processor to somebody who wants it for long: whoever is waited for may be next.
 const CROWDED: Duration = Duration::from_micros(20);
@@ -40,7 +42,7 @@ impl Spin {
     /// The spin of the wait that begins now.
     pub(crate) fn begin(&self) -> Spinning {
         let started = Instant::now();
-        Spinning { started, until: started + self.length(), rounds: 0 }
+        Spinning { started, until: started + self.length(), yield_at: started + YIELD_EVERY }
     }
 
     fn length(&self) -> Duration {
@@ -80,7 +82,7 @@ impl Spin {
 pub(crate) struct Spinning {
     started: Instant,
     until: Instant,
-    rounds: u32,
+    yield_at: Instant,
 }
 
 impl Spinning {
@@ -90,21 +92,21 @@ impl Spinning {
         if now >= self.until {
             return false;
         }
-        self.rounds += 1;
-        if self.rounds.is_multiple_of(YIELD_EVERY) {
+        if now >= self.yield_at {
             std::thread::yield_now();
-            self.yielded(now, now.elapsed());
+            self.yielded(now, Instant::now());
         } else {
             std::hint::spin_loop();
         }
         true
     }
 
-    /// A yield at `now` took so long.
-    fn yielded(&mut self, now: Instant, took: Duration) {
-        if took > CROWDED {
-            self.until = now;
+    /// A yield is over.
+    fn yielded(&mut self, began: Instant, ended: Instant) {
+        if ended - began > CROWDED {
+            self.until = began;
         }
+        self.yield_at = ended + YIELD_EVERY;
     }
 }
 
@@ -150,19 +152,22 @@ mod tests {
 
     #[test]
     fn a_spin_ends_by_itself_and_where_others_want_the_processor() {
-        let spin = Spin::default();
+        let mut spin = Spin::default();
         let mut spinning = spin.begin();
+        // Its own yields may end it too.
+        let until = spinning.until;
         while spinning.goes_on() {}
-        assert!(spinning.started.elapsed() >= SPIN_MAX);
+        assert!(spinning.until <= until && Instant::now() >= spinning.until);
 
         let mut spinning = spin.begin();
-        spinning.until += Duration::from_secs(3600);
-        spinning.yielded(Instant::now(), CROWDED);
-        assert!(spinning.goes_on());
-        spinning.yielded(Instant::now(), CROWDED + Duration::from_nanos(1));
+        let now = spinning.started;
+        (spinning.until, spinning.yield_at) = (now + Duration::from_secs(3600), now);
+        spinning.yielded(now, now + CROWDED);
+        assert_eq!(spinning.yield_at, now + CROWDED + YIELD_EVERY);
+        assert!(spinning.until > Instant::now());
+        spinning.yielded(now, now + CROWDED + Duration::from_nanos(1));
         assert!(!spinning.goes_on());
 
-        let mut spin = Spin::default();
         spin.answered_after(2 * SPIN_MAX);
         assert!(!spin.begin().goes_on(), "it did not pay");
     }

@@ -54,7 +54,7 @@ pub struct Options {
     #[arg(long, value_name = "TEXT", default_value = "iotlb-net")]
     pub label: String,
 
-    /// Posted chains behind the next one whose misses are asked for together with its own; 0 for none
+    /// At most so many posted chains behind the next one are asked for together with it when it misses; 0 for none
     #[arg(long, value_name = "CHAINS", default_value_t = Limits::default().lookahead)]
     pub lookahead: u16,
 

@@ -9,7 +9,7 @@ use std::time::Instant;
 use iotlb_proto::epoch;
 use iotlb_proto::shm::SharedObject;
 use iotlb_proto::sync::{AtomicU64, Ordering};
-use iotlb_proto::tree::NearNodes;
+use iotlb_proto::tree::{NearNodes, Top};
 
 use crate::attach::Attachment;
 use crate::guard::Guard;
@@ -88,8 +88,8 @@ pub struct Reader {
     /// Guards that live, but for one: that there is one at all is in the slot. 64 bits, so that no number of forgotten
     /// guards can wrap it.
     inner: Cell<u64>,
-    /// [`LOOKUPS`], [`NESTED`] and [`KEEPS_PIECES`]: below [`FLUSH_LOOKUPS`] there is nothing more to do when a guard
-    /// is dropped than to unpin, which one comparison tells.
+    /// [`LOOKUPS`], [`KEEPS_NODES`], [`NESTED`] and [`KEEPS_PIECES`]: below [`FLUSH_LOOKUPS`] there is nothing more to
+    /// do when a guard is dropped than to unpin, which one comparison tells.
     due: Cell<u64>,
     faults: Cell<u64>,
     /// What the translations of this pin keep.
@@ -197,6 +197,7 @@ impl Reader {
         }
         if self.due.get() & KEEPS_NODES != 0 {
             self.due.set(self.due.get() & !KEEPS_NODES);
+            // The next pin must not find them: what they say was valid under this one.
             self.near.clear();
         }
         if self.due.get() >= FLUSH_LOOKUPS {
@@ -220,7 +221,8 @@ impl Reader {
     }
 
     /// Makes sure that `len` bytes from `iova` are in the table with `access`, by asking the daemon for what is
-    /// missing. Blocks: spins for some microseconds, then sleeps, and spins once more before the end of a long range.
+    /// missing. Blocks: spins for some dozens of microseconds while that pays, then sleeps; for a long range the same
+    /// again before its end.
     /// Any length; asks for all that is missing at once.
     ///
     /// That all is there when this returns does not mean that it still is at the next pin: translate, and resolve again
@@ -329,10 +331,13 @@ impl Reader {
         &self.near
     }
 
-    /// The same, to keep one until the pin ends.
-    pub(crate) fn keep_near_nodes(&self) -> &NearNodes {
-        self.due.set(self.due.get() | KEEPS_NODES);
-        &self.near
+    /// Keeps the node around `iova` below `top` until the pin ends. `false`: there is none of the usual kind.
+    pub(crate) fn keep_near(&self, top: Top<'_>, iova: u64) -> bool {
+        let kept = self.shared.table.keep_near(&self.near, top, iova);
+        if kept {
+            self.due.set(self.due.get() | KEEPS_NODES);
+        }
+        kept
     }
 
     #[inline]

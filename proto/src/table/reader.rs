@@ -94,10 +94,10 @@ impl TableReader {
         near.page(self.memory.nodes(), iova, access)
     }
 
-    /// As [`TableReader::page`], and keeps the node in `near`; see [`NearNodes::keep`].
+    /// Keeps the node around `iova` below `top` in `near`; see [`NearNodes::keep`].
     #[inline]
-    pub fn page_kept(&self, near: &NearNodes, top: Top<'_>, iova: u64, access: Access) -> Option<u64> {
-        near.keep(top, self.memory.nodes(), iova, access)
+    pub fn keep_near(&self, near: &NearNodes, top: Top<'_>, iova: u64) -> bool {
+        near.keep(top, self.memory.nodes(), iova)
     }
 
     /// The byte-granular range around `iova`, which counts only when the tree has no leaf there.

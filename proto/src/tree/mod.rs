@@ -77,6 +77,8 @@ pub mod remove;
 pub mod slice;
 pub mod span;
 pub mod targets;
+#[cfg(all(test, not(loom)))]
+mod testing;
 pub mod walk;
 
 pub use edit::{NeedsNodes, Tree, TreeView};

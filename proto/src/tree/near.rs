@@ -14,7 +14,7 @@ use crate::layout::table::Node;
 /// Nodes kept: a cache line of them. Each holds 2 MiB of addresses.
 const KEPT: usize = 4;
 
-/// No place below 512 GiB has this number.
+/// No place has this number.
 const NOWHERE: u64 = u64::MAX;
 
 /// A node by the number of the 2 MiB it holds.
@@ -49,13 +49,14 @@ impl NearNodes {
         leaf_in(word_of(nodes, kept.node, iova)?, access)
     }
 
-    /// As [`Top::page`], and keeps the node.
+    /// Keeps the node around `iova`. `false`: there is none that [`Top::page`] would look into.
     #[inline]
-    pub fn keep(&self, top: Top<'_>, nodes: &[Node], iova: u64, access: Access) -> Option<u64> {
-        let node = top.lowest(nodes, iova)?;
-        let word = word_of(nodes, node, iova)?;
-        self.kept[slot(iova)].set(Kept { place: place(iova), node });
-        leaf_in(word, access)
+    pub fn keep(&self, top: Top<'_>, nodes: &[Node], iova: u64) -> bool {
+        let node = top.lowest(nodes, iova).filter(|node| *node < nodes.len());
+        if let Some(node) = node {
+            self.kept[slot(iova)].set(Kept { place: place(iova), node });
+        }
+        node.is_some()
     }
 
     /// Forgets all nodes.
@@ -84,13 +85,13 @@ const fn slot(iova: u64) -> usize {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use std::os::fd::AsFd;
-
     use super::*;
+    use crate::access::Access;
     use crate::iova::IovaRange;
     use crate::sync::Ordering;
-    use crate::table::{TableConfig, TableReader, TableWriter};
+    use crate::table::TableReader;
     use crate::tree::entry;
+    use crate::tree::testing::{NO_LINKS, empty_node, insert, tables};
 
     const GIB: u64 = 1 << 30;
     const PLACE: u64 = 1 << 21;
@@ -99,15 +100,8 @@ mod tests {
         Some(entry::leaf(target, Access::READ))
     }
 
-    fn insert(table: &mut TableWriter, iova: u64, target: u64) {
-        table.insert(IovaRange::page_of(iova), target, Access::READ).expect("there is room");
-    }
-
-    fn tables() -> (TableWriter, TableReader) {
-        let (table, fd) = TableWriter::create(&TableConfig { size: 1 << 20, generation: 1 }).expect("a table");
-        let size = table.memory().header().identity.segment_size.load(Ordering::Relaxed);
-        let reader = TableReader::open(fd.as_fd(), size).expect("mapped");
-        (table, reader)
+    fn page(reader: &TableReader, near: &NearNodes, iova: u64) -> Option<u64> {
+        reader.page_near(near, iova, Access::READ)
     }
 
     #[test]
@@ -121,16 +115,16 @@ mod tests {
         }
         let top = reader.top(reader.root());
         for (n, iova) in (1..).zip(&places) {
-            assert_eq!(reader.page_near(&near, *iova, Access::READ), None, "not met yet");
-            assert_eq!(reader.page_kept(&near, top, *iova, Access::READ), leaf(n << 12));
-            assert_eq!(reader.page_near(&near, *iova + 7, Access::READ), leaf(n << 12));
+            assert_eq!(page(&reader, &near, *iova), None, "not met yet");
+            assert!(reader.keep_near(&near, top, *iova));
+            assert_eq!(page(&reader, &near, *iova + 7), leaf(n << 12));
             assert_eq!(reader.page_near(&near, *iova, Access::WRITE), None);
-            assert_eq!(reader.page_near(&near, *iova + 4096, Access::READ), None);
+            assert_eq!(page(&reader, &near, *iova + 4096), None);
         }
-        assert_eq!(reader.page_near(&near, places[0], Access::READ), None, "its slot was taken");
-        assert_eq!(reader.page_near(&near, places[1], Access::READ), leaf(2 << 12));
+        assert_eq!(page(&reader, &near, places[0]), None, "its slot was taken");
+        assert_eq!(page(&reader, &near, places[1]), leaf(2 << 12));
         near.clear();
-        assert!(places.iter().all(|iova| reader.page_near(&near, *iova, Access::READ).is_none()));
+        assert!(places.iter().all(|iova| page(&reader, &near, *iova).is_none()));
     }
 
     #[test]
@@ -138,17 +132,18 @@ mod tests {
         let (mut table, reader) = tables();
         let near = NearNodes::default();
         insert(&mut table, 0, 0x1000);
-        assert_eq!(reader.page_kept(&near, reader.top(reader.root()), 0, Access::READ), None, "not the usual tree");
+        assert!(!reader.keep_near(&near, reader.top(reader.root()), 0), "not the usual tree");
         insert(&mut table, GIB, 0x2000);
         let top = reader.top(reader.root());
         for nowhere in [2 * GIB, GIB + PLACE, 1 << 45, u64::MAX] {
-            assert_eq!(reader.page_kept(&near, top, nowhere, Access::READ), None, "{nowhere:#x}");
-            assert_eq!(reader.page_near(&near, nowhere, Access::READ), None, "{nowhere:#x}");
+            assert!(!reader.keep_near(&near, top, nowhere), "{nowhere:#x}");
+            assert_eq!(page(&reader, &near, nowhere), None, "{nowhere:#x}");
         }
         // No entry for this page yet, but a node that will have it.
-        assert_eq!(reader.page_kept(&near, top, GIB + 4096, Access::READ), None);
+        assert!(reader.keep_near(&near, top, GIB + 4096));
+        assert_eq!(page(&reader, &near, GIB + 4096), None);
         insert(&mut table, GIB + 4096, 0x3000);
-        assert_eq!(reader.page_near(&near, GIB + 4096, Access::READ), leaf(0x3000));
+        assert_eq!(page(&reader, &near, GIB + 4096), leaf(0x3000));
     }
 
     #[test]
@@ -156,25 +151,25 @@ mod tests {
         let (mut table, reader) = tables();
         let near = NearNodes::default();
         insert(&mut table, GIB, 0x2000);
-        assert_eq!(reader.page_kept(&near, reader.top(reader.root()), GIB, Access::READ), leaf(0x2000));
+        assert!(reader.keep_near(&near, reader.top(reader.root()), GIB));
         table.remove(IovaRange::new(GIB, GIB + PLACE - 1).expect("a range"));
         insert(&mut table, GIB, 0x4000);
         // The removal is not acknowledged before this pin has ended.
-        assert_eq!(reader.page_near(&near, GIB, Access::READ), leaf(0x2000));
+        assert_eq!(page(&reader, &near, GIB), leaf(0x2000));
         near.clear();
-        assert_eq!(reader.page_near(&near, GIB, Access::READ), None);
-        assert_eq!(reader.page_kept(&near, reader.top(reader.root()), GIB, Access::READ), leaf(0x4000));
+        assert_eq!(page(&reader, &near, GIB), None);
+        assert!(reader.keep_near(&near, reader.top(reader.root()), GIB));
+        assert_eq!(page(&reader, &near, GIB), leaf(0x4000));
     }
 
     #[test]
     fn a_broken_writer_leads_nowhere() {
-        let node = || Node { entries: std::array::from_fn(|_| crate::sync::AtomicU64::new(0)) };
-        let nodes = [node(), node()];
+        let nodes = [empty_node(), empty_node()];
         nodes[0].entries[0].store(entry::link(1), Ordering::Relaxed);
-        for link in [entry::link(2), entry::link(u32::MAX), entry::leaf(0, Access::READ), u64::MAX, 0x1003] {
+        for link in NO_LINKS {
             nodes[1].entries[0].store(link, Ordering::Relaxed);
             let near = NearNodes::default();
-            assert_eq!(near.keep(Top::new(entry::root(0, 3), &nodes), &nodes, 0, Access::NONE), None, "{link:#x}");
+            assert!(!near.keep(Top::new(entry::root(0, 3), &nodes), &nodes, 0), "{link:#x}");
             assert_eq!(near.page(&nodes, 0, Access::NONE), None, "{link:#x}");
         }
     }

@@ -15,8 +15,9 @@
 //! * *What it yields may be used.* If node or leaf were unlinked meanwhile, the daemon has not acknowledged that to
 //!   anybody yet, since this pin is older.
 //! * *The tree grew.* Higher nodes were put above; this one still holds the addresses it held.
-//! * *It was emptied, or unlinked and replaced by a new one.* Then it says "nothing" about leaves that a walk from the
-//!   root would find. So a miss here means nothing yet: ask [`lookup`], which reads the root word again.
+//! * *It was emptied, or unlinked and replaced by a new one.* Then it says what it said before, or "nothing" about
+//!   leaves that a walk from the root would find. So a miss here means nothing yet: ask [`lookup`], which reads the
+//!   root word again.
 
 use super::{HEIGHT_MAX, entry, level_shift};
 use crate::access::Access;
@@ -129,7 +130,7 @@ impl<'t> Top<'t> {
         word_of(nodes, self.lowest(nodes, iova)?, iova)
     }
 
-    /// The number of the lowest node around `iova`; past the end of `nodes` when there is none.
+    /// The number of the lowest node around `iova`; `None`, or past the end of `nodes`, when there is none.
     #[inline(always)]
     pub(super) fn lowest(self, nodes: &[Node], iova: u64) -> Option<usize> {
         // Fits: the crate is for 64-bit targets only. Not masked: an address too high is past the end.
@@ -175,29 +176,20 @@ pub(super) const fn index(iova: u64, shift: u32) -> usize {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use std::os::fd::AsFd;
-
     use super::*;
     use crate::iova::IovaRange;
-    use crate::table::{TableConfig, TableReader, TableWriter};
+    use crate::table::TableWriter;
+    use crate::tree::testing::{NO_LINKS, empty_node, insert, tables};
 
     const PAGE: u64 = 1 << 30;
     const TARGET: u64 = 0x5000;
 
-    fn insert(table: &mut TableWriter, iova: u64) {
-        table.insert(IovaRange::page_of(iova), TARGET, Access::READ).expect("there is room");
-    }
-
     #[test]
     fn a_kept_root_finds_what_it_held_and_never_anything_else() {
-        let (mut table, fd) = TableWriter::create(&TableConfig { size: 1 << 20, generation: 1 }).expect("a table");
-        // A second view of the same memory, as a reader has one.
-        let reader =
-            TableReader::open(fd.as_fd(), table.memory().header().identity.segment_size.load(Ordering::Relaxed))
-                .expect("mapped");
-        insert(&mut table, 0);
+        let (mut table, reader) = tables();
+        insert(&mut table, 0, TARGET);
         assert_eq!(reader.page(reader.top(reader.root()), 0, Access::READ), None, "one level is not the usual tree");
-        insert(&mut table, PAGE);
+        insert(&mut table, PAGE, TARGET);
         let leaf = Some(entry::leaf(TARGET, Access::READ));
         let top = reader.top(reader.root());
         let found = |table: &TableWriter| {
@@ -205,23 +197,22 @@ mod tests {
         };
         assert_eq!(found(&table), (leaf, true));
         assert_eq!(reader.page(top, PAGE, Access::WRITE), None);
-        insert(&mut table, 1 << 45);
+        insert(&mut table, 1 << 45, TARGET);
         assert_eq!(found(&table), (leaf, true), "the tree grew");
         assert_eq!((reader.page(top, 1 << 45, Access::READ), reader.page(top, u64::MAX, Access::READ)), (None, None));
         table.remove(IovaRange::page_of(PAGE));
         assert_eq!(found(&table), (None, false));
         table.clear();
-        insert(&mut table, PAGE);
+        insert(&mut table, PAGE, TARGET);
         assert_eq!(found(&table), (None, true), "a new root, since no grace period has passed");
         assert_eq!(reader.page(reader.top(reader.root()), PAGE, Access::READ), leaf);
     }
 
     #[test]
     fn a_broken_writer_leads_nowhere() {
-        let node = || Node { entries: std::array::from_fn(|_| AtomicU64::new(0)) };
-        let nodes = [node(), node()];
+        let nodes = [empty_node(), empty_node()];
         assert_eq!(Top::new(entry::root(2, 3), &nodes).page(&nodes, 0, Access::NONE), None);
-        for link in [entry::link(2), entry::link(u32::MAX), entry::leaf(0, Access::READ), u64::MAX, 0x1003] {
+        for link in NO_LINKS {
             nodes[0].entries[0].store(link, Ordering::Relaxed);
             assert_eq!(Top::new(entry::root(0, 3), &nodes).page(&nodes, 0, Access::NONE), None, "{link:#x}");
             nodes[0].entries[0].store(entry::link(1), Ordering::Relaxed);

@@ -6,15 +6,14 @@
 use std::hint::black_box;
 
 use iotlb_client::Reader;
-use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
-
 use iotlb_tests::bench::groups::{BURST, Outcome, Run};
 use iotlb_tests::bench::measure::{Contestant, interleave};
 use iotlb_tests::bench::peers::{PAGE, Page};
 use iotlb_tests::bench::report::{Row, Target};
 use iotlb_tests::bench::rig::Rig;
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 /// Descriptors of the ring.
 const RING: u16 = 256;

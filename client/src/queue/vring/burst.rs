@@ -35,7 +35,7 @@ pub struct Burst<'g, M: RingMemory + ?Sized> {
     event_idx: bool,
     indirect: bool,
     limits: Limits,
-    /// Bytes that the caller has for the chains from the next one on; see [`Burst::look_ahead_for`].
+    /// Bytes of the chains from the next one on that the caller soon has a use for; see [`Burst::look_ahead_for`].
     ahead_bytes: usize,
 }
 
@@ -100,8 +100,9 @@ impl<'g, M: RingMemory + ?Sized> Burst<'g, M> {
         }
     }
 
-    /// Says how many bytes the caller has for the chains from the next one on: the look-ahead ends with the chain that
-    /// holds the last of them. Unlimited at first.
+    /// Says for how many bytes of the chains from the next one on the caller soon has a use: the look-ahead ends with
+    /// the chain that holds the last of them. Unlimited at first. A chain counts as none while its indirect table is
+    /// missing.
     pub fn look_ahead_for(&mut self, bytes: usize) {
         self.ahead_bytes = bytes;
     }

@@ -26,8 +26,8 @@ pub(super) const INDEX_OFFSET: usize = 2;
 pub struct Limits {
     /// Bytes a chain may have, readable and writable together.
     pub chain_bytes_max: u64,
-    /// Chains behind the next one that are looked at when that one has misses. Only posted ones: a miss for an address
-    /// the guest did not map shows up as a fault in its log.
+    /// Chains behind the next one that are looked at, at most, when that one has misses. Only posted ones: a miss for
+    /// an address the guest did not map shows up as a fault in its log.
     pub lookahead: u16,
 }
 

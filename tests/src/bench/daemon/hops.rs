@@ -3,7 +3,7 @@
 //!
 //! In `Polling` asker and answerer spin and yield, as a client and a daemon do while misses come one after the other.
 //! In `Sleeping` nobody does: an eventfd wakes the answerer up in `epoll_wait`, the socket the front-end in `read`,
-//! the socket the answerer in `epoll_wait`, a futex the asker.
+//! the socket the answerer in `epoll_wait`, a futex the asker, unless it is told to spin.
 
 use std::hint::spin_loop;
 use std::io::{Read, Write};
@@ -22,8 +22,8 @@ use rustix::thread::futex;
 use super::service::{IOTLB_LEN, answer, update};
 use crate::processors::bind;
 
-/// How long a client spins before it sleeps; the asker of [`Polling`] does the same.
-const SPIN: Duration = Duration::from_micros(20);
+/// How long a client spins before it sleeps, at most; askers here do the same.
+const SPIN: Duration = Duration::from_micros(64);
 
 /// A thread that answers each message, blocking. It ends with the stream that is returned.
 fn spawn_front_end(cpu: Option<usize>) -> std::io::Result<(UnixStream, JoinHandle<()>)> {
@@ -32,8 +32,11 @@ fn spawn_front_end(cpu: Option<usize>) -> std::io::Result<(UnixStream, JoinHandl
         bind(cpu);
         let (mut far, mut miss) = (&far, [0; IOTLB_LEN]);
         // A MISS is as long as an UPDATE. An Err or None is the end.
-        while far.read_exact(&mut miss).is_ok() && answer(&miss, 0).is_some_and(|update| far.write_all(&update).is_ok())
-        {
+        while far.read_exact(&mut miss).is_ok() {
+            let Some(update) = answer(&miss, 0) else { return };
+            if far.write_all(&update).is_err() {
+                return;
+            }
         }
     });
     Ok((near, front_end))
@@ -172,11 +175,16 @@ impl Sleeping {
         Ok(Sleeping { bell, answered, answerer, front_end })
     }
 
-    /// One chain from end to end.
-    pub(super) fn ask(&self) -> std::io::Result<()> {
+    /// One chain from end to end; with `spins` the asker spins first, as a client does.
+    pub(super) fn ask(&self, spins: bool) -> std::io::Result<()> {
         let before = self.answered.0.load(Ordering::Acquire);
         rustix::io::write(&*self.bell, &1u64.to_ne_bytes())?;
+        let spin_until = Instant::now() + if spins { SPIN } else { Duration::ZERO };
         while self.answered.0.load(Ordering::Acquire) == before {
+            if Instant::now() < spin_until {
+                spin_loop();
+                continue;
+            }
             // Every way to wake up is a reason to look again.
             let _ = futex::wait(&self.answered.0, futex::Flags::empty(), before, None);
         }

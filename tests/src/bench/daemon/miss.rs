@@ -1,8 +1,8 @@
 //! From a worker's miss to its answer, with a front-end that answers at once.
 //!
-//! The peers are the same chains without anything in them ([`hops`](super::hops)), so their time is the sum of the
-//! hops, on this machine, with the same threads on the same processors: once with everybody awake, and once with
-//! everybody asleep.
+//! The peers are the same chains with nothing in them but what the front-end does ([`hops`](super::hops)), so their
+//! time is the sum of the hops, on this machine, with the same threads on the same processors: once with everybody
+//! awake, and once with everybody asleep.
 
 use iotlb_proto::sync::{AtomicBool, Ordering};
 use std::io::{Read, Write};
@@ -86,15 +86,17 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
         }
         polling.awake(false);
     }
-    let (mut cold_ours, mut cold_hops) = (Vec::new(), Vec::new());
+    let (mut cold_ours, mut cold_hops, mut cold_spun) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..COLD {
         // Sleeping is what is measured: everybody is to be asleep when the miss comes.
         std::thread::sleep(COLD_PAUSE);
         cold_ours.push(resolve(&mut reader, next(), 1)?);
-        std::thread::sleep(COLD_PAUSE);
-        let (ns, done) = time_ns(|| sleeping.ask());
-        done?;
-        cold_hops.push(ns);
+        for (spins, times) in [(false, &mut cold_hops), (true, &mut cold_spun)] {
+            std::thread::sleep(COLD_PAUSE);
+            let (ns, done) = time_ns(|| sleeping.ask(spins));
+            done?;
+            times.push(ns);
+        }
     }
     drop(reader);
     drop(service);
@@ -105,9 +107,14 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
     let (one, updates_ns) = (median_ns(&mut ours), median_ns(&mut updates));
     let (cold, piped, hops) = (median_ns(&mut cold), median_ns(&mut piped), median_ns(&mut hops));
     let (cold_one, cold_hops) = (median_ns(&mut cold_ours), median_ns(&mut cold_hops));
+    let cold_spun = median_ns(&mut cold_spun);
     let limit = Target::CostsAtMost(1.2);
     let name = "one miss, worker to worker, everybody asleep";
     rows.push(Row::new(name, "ns", cold_one, cold_hops, "the same hops, blocking", limit));
+    // A client that is used to answers this soon spins for them, which the hops of the goal do not: what our own code
+    // takes shows against those that do.
+    let name = "the same, against an asker that spins as well";
+    rows.push(Row::new(name, "ns", cold_one, cold_spun, "the same hops, the asker spins", Target::None));
     // For context: the goal for hops that poll is one of `--busy-poll` on three processors.
     let name = "one miss after the other, worker to worker";
     rows.push(Row::new(name, "ns", one, hops, "the same hops, polling", Target::None));
