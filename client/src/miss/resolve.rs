@@ -168,6 +168,10 @@ fn missing(reader: &Reader, range: IovaRange, access: Access) -> Result<Missing,
 
 /// The last address of the piece that begins at `first`.
 fn step(guard: &Guard<'_>, first: u64, range: IovaRange, access: Access) -> Result<u64, Fault> {
+    let last = (first | PAGE_MASK).min(range.last());
+    if guard.quick(first, last - first + 1, access).is_some() {
+        return Ok(last);
+    }
     let len = (range.last() - first).saturating_add(1);
     match guard.walk(first, len, access).next() {
         Some(Ok(segment)) => Ok(first + (segment.len() as u64 - 1)),

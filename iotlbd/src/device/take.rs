@@ -269,7 +269,7 @@ impl Device {
                     self.table.remove(range);
                 }
                 Part::Insert { range, target, access } => match self.table.insert(range, target, access) {
-                    Ok(()) => self.appeared(range),
+                    Ok(()) => self.appeared(range, access),
                     Err(full) if job.attempts < PUBLISH_ATTEMPTS => {
                         job.attempts += 1;
                         tracing::debug!(%range, error = %full, "translation waits for a grace period");
@@ -294,7 +294,7 @@ impl Device {
     }
 
     /// A translation was published.
-    fn appeared(&mut self, range: IovaRange) {
+    fn appeared(&mut self, range: IovaRange, access: Access) {
         for index in 0..self.rings.len() {
             let used = self.rings.get(index).and_then(|ring| ring.started).map(|at| at.used);
             if used.is_some_and(|used| range.contains(used.saturating_add(USED_INDEX))) {
@@ -302,7 +302,7 @@ impl Device {
             }
         }
         let (misses, mut to) = self.miss_engine();
-        misses.appeared(range, &mut to);
+        misses.appeared(range, access, &mut to);
     }
 
     /// The job is over: nothing that was taken is in use any more.

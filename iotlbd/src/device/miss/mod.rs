@@ -12,7 +12,7 @@
 //!   channel does not read it. The rest waits in one queue a worker, served in turn.
 //! - Answers are read from the table: what a pending take has removed is not there, so it resolves nobody.
 
-use std::collections::btree_map::Entry;
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
 
 use hdrhistogram::Histogram;
@@ -28,11 +28,13 @@ use coverage::pages_of;
 pub(super) use coverage::{Coverage, Translations, coverage};
 use flights::{Flight, Flights};
 use open::OpenPages;
-use turns::{Owner, Place, Turns};
+use pages::{Interest, PageMiss, PageMisses, State};
+use turns::{Owner, Turns};
 
 mod coverage;
 mod flights;
 mod open;
+mod pages;
 #[cfg(test)]
 mod tests;
 mod turns;
@@ -69,33 +71,6 @@ impl Waiter {
     }
 }
 
-/// One waiter of one page.
-#[derive(Clone, Debug)]
-struct Interest {
-    waiter: u64,
-    /// Messages sent, of any page, when the waiter joined: only later ones say something about it.
-    joined: u64,
-    denials: u8,
-    attempts: u8,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    /// Waits for its turn.
-    Queued(Place),
-    /// The message with this number is out.
-    Sent { number: u64 },
-}
-
-#[derive(Debug)]
-struct PageMiss {
-    state: State,
-    /// Ask for one waiter's access at a time: asked together they were refused.
-    apart: bool,
-    /// Mostly one: workers seldom want the same page at the same time.
-    waiters: SmallVec<[Interest; 1]>,
-}
-
 /// Everything that is missing.
 #[derive(Debug)]
 pub(super) struct Misses {
@@ -104,7 +79,7 @@ pub(super) struct Misses {
     by_cell: BTreeMap<(WorkerId, u16), u64>,
     /// The device's own waiters, by page.
     own: BTreeMap<u64, u64>,
-    pages: BTreeMap<u64, PageMiss>,
+    pages: PageMisses,
     turns: Turns,
     flights: Flights,
     next_waiter: u64,
@@ -127,7 +102,7 @@ impl Misses {
             waiters: BTreeMap::new(),
             by_cell: BTreeMap::new(),
             own: BTreeMap::new(),
-            pages: BTreeMap::new(),
+            pages: PageMisses::default(),
             turns: Turns::default(),
             flights: Flights::default(),
             next_waiter: 0,
@@ -217,8 +192,8 @@ impl Misses {
         }
     }
 
-    /// Translations inside `range` appeared.
-    pub(super) fn appeared<T: Translations>(&mut self, range: IovaRange, to: &mut Surroundings<'_, T>) {
+    /// Translations of all of `range`, which allow `access`, are in the table now.
+    pub(super) fn appeared<T: Translations>(&mut self, range: IovaRange, access: Access, to: &mut Surroundings<'_, T>) {
         if self.pages.is_empty() {
             return;
         }
@@ -226,19 +201,19 @@ impl Misses {
         if range.last() - first < PAGE_SIZE {
             // As nearly all are.
             self.note_time(first, to.now_ns);
-            self.page_appeared(first, to);
+            self.page_appeared(first, (range, access), to);
             return;
         }
-        let touched: Vec<u64> = self.pages.range(first..=range.last()).map(|(page, _)| *page).collect();
+        let touched = self.pages.touched(range);
         // Those that were seen together have one time.
         let _ = touched.iter().any(|page| self.note_time(*page, to.now_ns));
         for page in touched {
-            self.page_appeared(page, to);
+            self.page_appeared(page, (range, access), to);
         }
     }
 
-    fn page_appeared<T: Translations>(&mut self, page: u64, to: &mut Surroundings<'_, T>) {
-        self.recheck(page, to);
+    fn page_appeared<T: Translations>(&mut self, page: u64, new: (IovaRange, Access), to: &mut Surroundings<'_, T>) {
+        self.recheck(page, Some(new), to);
         // Without replies nothing else says that the front-end is done with the page.
         if self.flights.land_silently(page) {
             self.judge(page, 0, None, to);
@@ -247,7 +222,7 @@ impl Misses {
 
     /// Takes the time of an answer, if it is one to a message in flight; returns whether it is.
     fn note_time(&mut self, page: u64, now_ns: u64) -> bool {
-        match self.pages.get(&page) {
+        match self.pages.get(page) {
             Some(PageMiss { state: State::Sent { number }, .. }) => self.flights.came(*number, now_ns),
             _ => false,
         }
@@ -260,7 +235,7 @@ impl Misses {
         }
         while let Some(flight) = self.flights.land() {
             if self.is_current(&flight) {
-                self.recheck(flight.page, to);
+                self.recheck(flight.page, None, to);
             }
             if self.is_current(&flight) {
                 let value = if flight.replies { value } else { PASSED_OVER };
@@ -301,9 +276,7 @@ impl Misses {
     /// The back-end channel is another one, or none: replies that were due will never come.
     pub(super) fn channel_replaced(&mut self) {
         self.flights.forget();
-        let sent: Vec<u64> =
-            self.pages.iter().filter(|(_, p)| matches!(p.state, State::Sent { .. })).map(|(page, _)| *page).collect();
-        for page in sent {
+        for page in self.pages.sent() {
             self.requeue(page);
         }
     }
@@ -329,7 +302,7 @@ impl Misses {
     /// Asks for a page, and for a reply if `ends_batch` or the page needs one of its own; returns whether it did the
     /// latter.
     fn send<T: Translations>(&mut self, page: u64, ends_batch: bool, to: &mut Surroundings<'_, T>) -> bool {
-        let Some(entry) = self.pages.get_mut(&page) else { return false };
+        let Some(entry) = self.pages.get_mut(page) else { return false };
         let together = if entry.apart { 1 } else { entry.waiters.len() };
         let access = entry
             .waiters
@@ -365,12 +338,12 @@ impl Misses {
     }
 
     fn is_current(&self, flight: &Flight) -> bool {
-        self.pages.get(&flight.page).is_some_and(|p| p.state == State::Sent { number: flight.number })
+        self.pages.get(flight.page).is_some_and(|p| p.state == State::Sent { number: flight.number })
     }
 
     /// The front-end is done with a page, and some waiters still lack it: count, give up, or ask again.
     fn judge<T: Translations>(&mut self, page: u64, value: u64, flight: Option<Flight>, to: &mut Surroundings<'_, T>) {
-        let Some(entry) = self.pages.get_mut(&page) else { return };
+        let Some(entry) = self.pages.get_mut(page) else { return };
         let mut verdicts = Vec::new();
         let mut anyone = false;
         for interest in &mut entry.waiters {
@@ -419,15 +392,17 @@ impl Misses {
         self.requeue(page);
     }
 
-    /// Settles the waiters of a page that is covered now.
-    fn recheck<T: Translations>(&mut self, page: u64, to: &mut Surroundings<'_, T>) {
-        let Entry::Occupied(mut entry) = self.pages.entry(page) else { return };
+    /// Settles the waiters of a page that is covered now. `new` is known to be in the table, with that access.
+    fn recheck<T: Translations>(&mut self, page: u64, new: Option<(IovaRange, Access)>, to: &mut Surroundings<'_, T>) {
+        let Some(mut entry) = self.pages.occupied(page) else { return };
         let mut done: SmallVec<[u64; 1]> = SmallVec::new();
         let waiters = &mut self.waiters;
         let before = entry.get().waiters.len();
         entry.get_mut().waiters.retain(|interest| {
             let Some(waiter) = waiters.get_mut(&interest.waiter) else { return true };
-            if coverage(to.table, waiter.part_in(page), waiter.access) != Coverage::Covered {
+            let part = waiter.part_in(page);
+            let is_new = new.is_some_and(|(range, access)| range.covers(part) && access.allows(waiter.access));
+            if !is_new && coverage(to.table, part, waiter.access) != Coverage::Covered {
                 return true;
             }
             // A page that was there once counts, even if it was taken away again before the last one came: the answer
@@ -480,7 +455,7 @@ impl Misses {
 
     /// Puts a page (back) into the queue of its first waiter, or drops it when there is none.
     fn requeue(&mut self, page: u64) {
-        let Some(entry) = self.pages.get_mut(&page) else { return };
+        let Some(entry) = self.pages.get_mut(page) else { return };
         let Some(owner) = entry.waiters.first().and_then(|i| self.waiters.get(&i.waiter)).map(Waiter::owner) else {
             self.drop_page(page);
             return;
@@ -494,7 +469,7 @@ impl Misses {
 
     /// Nobody wants a page any more.
     fn drop_page(&mut self, page: u64) {
-        if let Some(gone) = self.pages.remove(&page) {
+        if let Some(gone) = self.pages.remove(page) {
             self.dropped(page, &gone);
         }
     }
@@ -509,7 +484,7 @@ impl Misses {
 
     /// Takes a waiter off a page, and drops the page when it was the last.
     fn detach(&mut self, id: u64, page: u64) {
-        let Some(entry) = self.pages.get_mut(&page) else { return };
+        let Some(entry) = self.pages.get_mut(page) else { return };
         entry.waiters.retain(|i| i.waiter != id);
         if entry.waiters.is_empty() {
             self.drop_page(page);
@@ -520,7 +495,7 @@ impl Misses {
 
     /// A page that lost a waiter may wait in the queue of somebody who does not want it any more.
     fn see_to_owner(&mut self, page: u64) {
-        let Some(PageMiss { state: State::Queued(place), waiters, .. }) = self.pages.get(&page) else { return };
+        let Some(PageMiss { state: State::Queued(place), waiters, .. }) = self.pages.get(page) else { return };
         let mut owners = waiters.iter().filter_map(|i| self.waiters.get(&i.waiter)).map(Waiter::owner);
         if !owners.any(|owner| owner == place.owner()) {
             self.requeue(page);

@@ -50,11 +50,11 @@ fn a_page_that_was_there_once_is_not_asked_for_again() {
     misses.pump(&mut around(&pages, &mut actions));
     assert_eq!(actions.drain(..).count(), 2, "both pages are asked for");
     pages.0.insert(0, Access::READ);
-    misses.appeared(IovaRange::page_of(0), &mut around(&pages, &mut actions));
+    misses.appeared(IovaRange::page_of(0), Access::READ, &mut around(&pages, &mut actions));
     // The worker uses the first page, the guest unmaps and flushes it; then the second page comes.
     pages.0.clear();
     pages.0.insert(4096, Access::READ);
-    misses.appeared(IovaRange::page_of(4096), &mut around(&pages, &mut actions));
+    misses.appeared(IovaRange::page_of(4096), Access::READ, &mut around(&pages, &mut actions));
     let left: Vec<_> = actions.drain(..).collect();
     assert!(matches!(left[..], [Action::AnswerMiss { answer: Answer::Resolved, .. }]), "{left:?}");
 }
@@ -80,7 +80,7 @@ fn one_reply_ends_the_wait_for_a_batch() {
     assert_eq!(sent(&mut actions), [(0, false), (0x1000, false), (0x2000, true)]);
     // The second page is refused without a word, the third aloud.
     pages.0.insert(0, Access::READ);
-    misses.appeared(IovaRange::page_of(0), &mut around(&pages, &mut actions));
+    misses.appeared(IovaRange::page_of(0), Access::READ, &mut around(&pages, &mut actions));
     assert!(matches!(actions.pop_front(), Some(Action::AnswerMiss { cell: 0, answer: Answer::Resolved, .. })));
     assert!(misses.reply(1, &mut around(&pages, &mut actions)));
     assert!(actions.is_empty(), "a refusal is confirmed before the worker hears of it");
@@ -151,7 +151,14 @@ fn check(misses: &Misses) {
     for (id, waiter) in &misses.waiters {
         assert!(!waiter.open.is_empty(), "a waiter that waits for nothing");
         for page in waiter.open.iter() {
-            let interest = misses.pages[&page].waiters.iter().filter(|i| i.waiter == *id).count();
+            let interest = misses
+                .pages
+                .get(page)
+                .expect("a waiter's page is known")
+                .waiters
+                .iter()
+                .filter(|i| i.waiter == *id)
+                .count();
             assert_eq!(interest, 1, "page {page:#x} knows its waiter");
         }
     }
@@ -162,7 +169,7 @@ fn check(misses: &Misses) {
     let places = misses.turns.all();
     let queued: BTreeSet<u64> = places.iter().map(|(_, page)| *page).collect();
     assert_eq!(queued.len(), places.len(), "a page is queued twice");
-    for (page, entry) in &misses.pages {
+    for (page, entry) in misses.pages.iter() {
         assert!(!entry.waiters.is_empty(), "a page that nobody waits for");
         for interest in &entry.waiters {
             assert!(misses.waiters[&interest.waiter].open.iter().any(|open| open == *page), "a waiter knows its page");
@@ -181,7 +188,7 @@ fn check(misses: &Misses) {
             }
         }
     }
-    assert!(queued.iter().all(|page| misses.pages.contains_key(page)));
+    assert!(queued.iter().all(|page| misses.pages.get(*page).is_some()));
     assert!(misses.flights.due().len() + misses.flights.silent().len() <= IN_FLIGHT_MAX);
     assert!(misses.flights.due().back().is_none_or(|flight| flight.replies), "nothing will end the wait for the last");
     assert_eq!(misses.by_cell.len() + misses.own.len(), misses.waiters.len());
@@ -214,7 +221,7 @@ proptest! {
                     let range = IovaRange::from_len(page * PAGE_SIZE, pages * PAGE_SIZE).expect("low addresses");
                     table.0.extend(pages_of(range).map(|page| (page, bits(access))));
                     let mut to = Surroundings { table: &table, actions: &mut actions, replies, now_ns };
-                    misses.appeared(range, &mut to);
+                    misses.appeared(range, bits(access), &mut to);
                 }
                 Step::Unmap { page } => {
                     table.0.remove(&(page * PAGE_SIZE));
