@@ -476,6 +476,7 @@ impl Misses {
 
     /// A page was taken out of those that somebody wants.
     fn dropped(&mut self, page: u64, gone: &PageMiss) {
+        self.pages.tidy();
         self.flights.land_silently(page);
         if let State::Queued(place) = gone.state {
             self.turns.leave(place);

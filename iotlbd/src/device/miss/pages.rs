@@ -13,6 +13,10 @@ use smallvec::SmallVec;
 
 use super::turns::Place;
 
+/// Room that stays when nobody waits any more, in pages: some bursts of a worker, 45 KiB. More goes back, or one great
+/// burst would be paid for as long as the device lives.
+const ROOM_KEPT: usize = 512;
+
 /// One waiter of one page.
 #[derive(Clone, Debug)]
 pub(super) struct Interest {
@@ -78,6 +82,13 @@ impl PageMisses {
         self.pages.remove(&page)
     }
 
+    /// Pages were removed: gives back room that nobody needs.
+    pub(super) fn tidy(&mut self) {
+        if self.pages.is_empty() && self.pages.capacity() > ROOM_KEPT {
+            self.pages.shrink_to(0);
+        }
+    }
+
     /// Those that `range` touches, in order of address.
     pub(super) fn touched(&self, range: IovaRange) -> Vec<u64> {
         let first = range.first() & !PAGE_MASK;
@@ -119,13 +130,34 @@ mod tests {
 
     use super::*;
 
+    fn wanted(number: u64) -> PageMiss {
+        let interest = Interest { waiter: 0, joined: 0, denials: 0, attempts: 0 };
+        PageMiss { state: State::Sent { number }, apart: false, waiters: smallvec![interest] }
+    }
+
+    #[test]
+    fn the_room_of_a_great_burst_goes_back() {
+        let mut pages = PageMisses::default();
+        for count in [100, 10 * ROOM_KEPT as u64] {
+            for page in 0..count {
+                pages.entry(page << 12).or_insert(wanted(page));
+            }
+            pages.tidy();
+            assert_eq!(pages.len() as u64, count, "nothing is lost");
+            for page in 0..count {
+                assert!(pages.remove(page << 12).is_some());
+            }
+            pages.tidy();
+            assert!(pages.pages.capacity() <= ROOM_KEPT);
+            assert_eq!(pages.pages.capacity() > 0, count == 100, "what is usual stays");
+        }
+    }
+
     #[test]
     fn a_range_finds_the_pages_it_touches_in_order() {
         let mut pages = PageMisses::default();
         for page in [5, 3, 9, 4, 20, 0, u64::MAX >> 12] {
-            let interest = Interest { waiter: 0, joined: 0, denials: 0, attempts: 0 };
-            let state = State::Sent { number: page };
-            pages.entry(page << 12).or_insert(PageMiss { state, apart: false, waiters: smallvec![interest] });
+            pages.entry(page << 12).or_insert(wanted(page));
         }
         let touched = |first: u64, last: u64| {
             let pages = pages.touched(IovaRange::new(first, last).expect("in order"));
