@@ -132,10 +132,10 @@ impl Mapping {
             Some(end) if end <= len && offset.is_multiple_of(align_of::<T>()) => {}
             _ => return Err(MappingError::OutOfBounds { offset, size: size_of::<T>(), len }),
         }
+        // On a read-only mapping plain atomic loads of at most 8 bytes are loads to the machine.
         // SAFETY: `offset..offset + count * size` lies inside the mapping, which lives as long as `self`; mappings are
-        // page aligned and `T`'s alignment divides a page and the offset; `T` is atomics only, so neither other
-        // processes' stores nor other references of this process can make the reference invalid. On a read-only mapping
-        // plain atomic loads of at most 8 bytes are loads to the machine.
+        // aligned to a page, the offset to `T`. `T` is atomics only, so neither other processes' stores nor other
+        // references of this process can make the reference invalid.
         Ok(unsafe {
             std::slice::from_raw_parts(self.raw.as_mut_ptr().wrapping_add(offset).cast::<T>().cast_const(), count)
         })

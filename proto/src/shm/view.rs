@@ -34,10 +34,9 @@ impl<T: SharedWords> Deref for SharedSlice<T> {
 
     #[inline]
     fn deref(&self) -> &[T] {
-        // SAFETY: `new` took the pointer from a checked reference into the mapping, which `self.mapping` keeps mapped
-        // at the same place. `SharedObject::part` took it from a function that makes a reference of *any* life out of
-        // one into the mapping with the same life: so it points into the mapping too, or to something that lives for
-        // ever.
+        // SAFETY: `new` took the pointer from a checked reference into the mapping, which `self.mapping` keeps there.
+        // `SharedObject::part` took it from a function that makes a reference of *any* life out of one into the mapping
+        // with the same life: so it points into the mapping too, or to something that lives for ever.
         unsafe { self.slice.as_ref() }
     }
 }

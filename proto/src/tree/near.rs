@@ -86,7 +86,6 @@ const fn slot(iova: u64) -> usize {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-    use crate::access::Access;
     use crate::iova::IovaRange;
     use crate::sync::Ordering;
     use crate::table::TableReader;

@@ -394,7 +394,7 @@ impl Misses {
 
     /// Settles the waiters of a page that is covered now. `new` is known to be in the table, with that access.
     fn recheck<T: Translations>(&mut self, page: u64, new: Option<(IovaRange, Access)>, to: &mut Surroundings<'_, T>) {
-        let Some(mut entry) = self.pages.occupied(page) else { return };
+        let Entry::Occupied(mut entry) = self.pages.entry(page) else { return };
         let mut done: SmallVec<[u64; 1]> = SmallVec::new();
         let waiters = &mut self.waiters;
         let before = entry.get().waiters.len();

@@ -1,11 +1,10 @@
-//! PageMisses that somebody waits for.
+//! Pages that somebody waits for.
 //!
-//! A hash map, since nearly every UPDATE is one page: each is looked up some five times from the request to the answer,
-//! entered and taken out. What goes through all of them is rare, and in order of address, so that a run can be
-//! repeated.
+//! A hash map, since nearly every UPDATE is one page: from the request to the answer each is entered, looked up three
+//! times and taken out. What goes through all of them is rare, and in order of address, so that a run can be repeated.
 
 use std::collections::HashMap;
-use std::collections::hash_map::{Entry, OccupiedEntry};
+use std::collections::hash_map::Entry;
 
 use foldhash::fast::RandomState;
 use iotlb_proto::iova::{IovaRange, PAGE_MASK, PAGE_SIZE};
@@ -68,14 +67,6 @@ impl PageMisses {
 
     pub(super) fn entry(&mut self, page: u64) -> Entry<'_, u64, PageMiss> {
         self.pages.entry(page)
-    }
-
-    /// As [`PageMisses::entry`], where there is one.
-    pub(super) fn occupied(&mut self, page: u64) -> Option<OccupiedEntry<'_, u64, PageMiss>> {
-        match self.pages.entry(page) {
-            Entry::Occupied(entry) => Some(entry),
-            Entry::Vacant(_) => None,
-        }
     }
 
     pub(super) fn remove(&mut self, page: u64) -> Option<PageMiss> {
