@@ -6,8 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use iotlb_proto::access::Access;
 use iotlb_proto::socket::{MessageStream, Received, StreamError};
-use iotlb_proto::vhost_user::{Header, Incoming};
+use iotlb_proto::vhost_user::{Header, Incoming, IotlbMessage, Request, encode};
 use nix::sys::socket::{MsgFlags, send};
 
 const WATCHDOG: Duration = Duration::from_secs(20);
@@ -70,6 +71,27 @@ fn a_cut_message_behind_kept_ones_survives_putting_away() {
         peer.write_all(&message(4)).expect("writes");
         assert_eq!([next(&mut stream), next(&mut stream)], [3, 4], "cut at {cut}");
         would_block(&mut stream);
+    }
+}
+
+/// A front-end waits for the answers to all it has sent together: it is not to be answered in two parts because of what
+/// came before.
+#[test]
+fn a_burst_is_seen_as_a_whole_however_much_is_kept() {
+    let update =
+        encode(&Request::Iotlb(IotlbMessage::update(0, 0x1000, 0, Access::READ)), true).expect("encodes").bytes;
+    for kept in 0..32 {
+        let (mut stream, mut peer) = pair();
+        let mut receive = |count| {
+            peer.write_all(&update.repeat(count)).expect("writes");
+            for n in 1..=count {
+                assert!(matches!(stream.receive(), Ok(Received::Message { .. })));
+                assert_eq!(stream.has_message(), n < count, "message {n} of {count} behind {kept}");
+            }
+        };
+        (0..kept).for_each(|_| receive(1));
+        receive(32);
+        receive(32);
     }
 }
 

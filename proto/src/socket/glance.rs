@@ -25,12 +25,15 @@ use crate::vhost_user::iotlb::IOTLB_LEN;
 
 /// Bytes of most messages: those that are looked at one by one while a session lasts.
 const MESSAGE_LEN: usize = HEADER_LEN + IOTLB_LEN;
-/// Messages that are handed out before any is taken; of those without payload one look may bring more. Each takes up
-/// some 768 bytes of what the peer's end may hold, by default 212,992, and that end counts as writable while three
-/// quarters of it are free: so with this many it still is.
+/// Messages that are handed out before another look: with as many, what was handed out is taken first.
 const KEPT_MAX: usize = 32;
-/// Bytes looked at before they are taken.
-const GLANCE_MAX: usize = KEPT_MAX * MESSAGE_LEN;
+/// Messages that one look can bring at least, however many are kept. A front-end that pipelines sends as many as it was
+/// asked for, and waits for the answers to all of them: those that a look has no room for are answered apart.
+const LOOK_MIN: usize = 32;
+/// Bytes looked at before they are taken. Each message takes up some 768 bytes of what the peer's end may hold, by
+/// default 212,992, and that end counts as writable while three quarters of it are free: so with this many it still is.
+/// Of messages without payload one look may bring more.
+const GLANCE_MAX: usize = (KEPT_MAX - 1 + LOOK_MIN) * MESSAGE_LEN;
 
 sockopt_impl!(
     /// Where the next look begins.
