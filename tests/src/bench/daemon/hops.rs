@@ -2,6 +2,7 @@
 //! blocked thread, which makes an UPDATE of them as the front-end does, 44 bytes back, a word to the asker.
 //!
 //! In `Polling` asker and answerer spin and yield, as a client and a daemon do while misses come one after the other.
+//! Its front-end is the one that the daemon has, so UPDATEs are acknowledged, and it can be asked for many pages.
 //! In `Sleeping` nobody does: an eventfd wakes the answerer up in `epoll_wait`, the socket the front-end in `read`,
 //! the socket the answerer in `epoll_wait`, a futex the asker, unless it is told to spin.
 
@@ -19,7 +20,8 @@ use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::net::{RecvFlags, recv};
 use rustix::thread::futex;
 
-use super::service::{IOTLB_LEN, answer, update};
+use super::front_end::{BATCH, FrontEnd};
+use super::service::{ACK_LEN, IOTLB_LEN, answer, miss, update};
 use crate::processors::bind;
 
 /// How long a client spins before it sleeps, at most; askers here do the same.
@@ -46,15 +48,16 @@ fn spawn_front_end(cpu: Option<usize>) -> std::io::Result<(UnixStream, JoinHandl
 pub(super) struct Polling {
     shared: Arc<Words>,
     answerer: JoinHandle<()>,
-    front_end: JoinHandle<()>,
+    front_end: FrontEnd,
 }
 
 /// What the asker and the answerer share, on lines of their own.
 #[derive(Default)]
 struct Words {
+    /// How many pages were asked for since the start.
     asked: Line,
+    /// The last value of `asked` that all pages have come for.
     answered: Line,
-    sleeping: Line,
     state: Line,
 }
 
@@ -72,11 +75,14 @@ const END: u32 = 2;
 impl Polling {
     pub(super) fn start(cpu: Option<usize>) -> std::io::Result<Polling> {
         let shared = Arc::new(Words::default());
-        let (near, front_end) = spawn_front_end(cpu)?;
+        let (main, their_main) = UnixStream::pair()?;
+        let (back_end, their_back_end) = UnixStream::pair()?;
+        let front_end = FrontEnd::spawn(their_main, their_back_end, 0, cpu);
         let words = Arc::clone(&shared);
         let answerer = std::thread::spawn(move || {
             bind(cpu);
-            relay(&words, &near);
+            // An Err is the end.
+            let _ = relay(&words, &main, &back_end);
         });
         Ok(Polling { shared, answerer, front_end })
     }
@@ -86,39 +92,35 @@ impl Polling {
         self.answerer.thread().unpark();
     }
 
-    /// One chain from end to end, with the waiting of a client: spin, then sleep.
-    pub(super) fn ask(&self) {
+    /// One chain from end to end, for `pages` pages, at most [`BATCH`]. The asker spins for as long as it takes.
+    pub(super) fn ask(&self, pages: usize) {
         let words = &self.shared;
-        let ticket = words.asked.0.load(Ordering::Relaxed).wrapping_add(1);
-        words.asked.0.store(ticket, Ordering::Release);
-        let spin_until = Instant::now() + SPIN;
-        while words.answered.0.load(Ordering::Acquire) != ticket {
-            if Instant::now() < spin_until {
-                spin_loop();
-                continue;
+        let asked = words.asked.0.load(Ordering::Relaxed).wrapping_add(u32::try_from(pages).unwrap_or(u32::MAX));
+        words.asked.0.store(asked, Ordering::Release);
+        let yield_after = Instant::now() + SPIN;
+        while words.answered.0.load(Ordering::Acquire) != asked {
+            spin_loop();
+            if Instant::now() >= yield_after {
+                std::thread::yield_now();
             }
-            // Sequentially consistent, as the other side's pair: one of the two sees the other's store.
-            words.sleeping.0.store(1, Ordering::SeqCst);
-            if words.answered.0.load(Ordering::SeqCst) != ticket {
-                // Every way to wake up is a reason to look again.
-                let _ = futex::wait(&words.answered.0, futex::Flags::empty(), ticket.wrapping_sub(1), None);
-            }
-            words.sleeping.0.store(0, Ordering::Relaxed);
         }
     }
 
-    pub(super) fn end(self) {
+    /// Ends it; returns what [`FrontEnd::join`] does.
+    pub(super) fn end(self) -> Result<Vec<f64>, Box<dyn std::error::Error>> {
         self.shared.state.0.store(END, Ordering::Release);
         self.answerer.thread().unpark();
-        // A panic there has already been told on the terminal.
-        let _ = (self.answerer.join(), self.front_end.join());
+        self.answerer.join().map_err(|_| "the answerer panicked")?;
+        self.front_end.join()
     }
 }
 
-/// The answerer: a word in, a message out, a message in, a word out; yields in between.
-fn relay(words: &Words, stream: &UnixStream) {
-    let mut message = update(0, 0);
-    let mut taken = 0;
+/// The answerer: a word in, messages out; a message in, a word out if it was the last, an acknowledgement out; yields
+/// in between.
+fn relay(words: &Words, mut main: &UnixStream, mut back_end: &UnixStream) -> std::io::Result<()> {
+    let miss = miss();
+    let mut update = [0; IOTLB_LEN];
+    let (mut taken, mut open) = (0, 0);
     loop {
         match words.state.0.load(Ordering::Acquire) {
             REST => {
@@ -126,22 +128,21 @@ fn relay(words: &Words, stream: &UnixStream) {
                 continue;
             }
             AWAKE => {}
-            _ => return,
+            _ => return Ok(()),
         }
         let asked = words.asked.0.load(Ordering::Acquire);
         if asked != taken {
+            open = asked.wrapping_sub(taken);
             taken = asked;
-            let mut out = stream;
-            if out.write_all(&message).is_err() {
-                return;
-            }
+            let misses = [miss; BATCH];
+            back_end.write_all(misses[..BATCH.min(open as usize)].as_flattened())?;
         }
-        if recv(stream, &mut message[..], RecvFlags::DONTWAIT).is_ok_and(|(count, _)| count > 0) {
-            words.answered.0.store(taken, Ordering::SeqCst);
-            if words.sleeping.0.load(Ordering::SeqCst) != 0 {
-                // An Err cannot be: the word is mapped and aligned.
-                let _ = futex::wake(&words.answered.0, futex::Flags::empty(), 1);
+        if recv(main, &mut update[..], RecvFlags::DONTWAIT).is_ok_and(|(count, _)| count > 0) {
+            open -= 1;
+            if open == 0 {
+                words.answered.0.store(taken, Ordering::Release);
             }
+            main.write_all(&[0; ACK_LEN])?;
         }
         std::thread::yield_now();
     }

@@ -4,20 +4,15 @@
 //! time is the sum of the hops, on this machine, with the same threads on the same processors: once with everybody
 //! awake, and once with everybody asleep.
 
-use iotlb_proto::sync::{AtomicBool, Ordering};
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
-use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use iotlb_client::{Access, Reader};
-use iotlbd::sim::wire::{BACKEND_IOTLB, HEADER_LEN, MessageHeader};
 use rustix::thread::CpuSet;
 
+use super::front_end::{BATCH, FrontEnd};
 use super::hops::{Polling, Sleeping};
 use super::place::Place;
-use super::service::{ACK_LEN, IOTLB_LEN, IOVA_BASE, Service, answer};
+use super::service::{IOVA_BASE, Service};
 use super::{Outcome, median_ns, time_ns};
 use crate::bench::peers::PAGE;
 use crate::bench::report::{Row, Target};
@@ -32,7 +27,7 @@ const WARM_UP: u64 = 10;
 /// Requests for 32 pages in a block.
 const BATCHES: u64 = 6;
 /// Pages of such a request.
-const COLD_PAGES: u64 = 32;
+const COLD_PAGES: u64 = BATCH as u64;
 /// Misses that find everybody asleep.
 const COLD: u64 = 300;
 /// Pause before each of them: longer than anybody polls.
@@ -49,9 +44,8 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
     restore(everywhere);
     let service = Service::start(place.answerer, false)?;
     bind(place.asker);
-    let pipelines = Arc::new(AtomicBool::new(false));
-    let (times_in, update_times) = channel();
-    let front_end = spawn_front_end(&service, place.answerer, &pipelines, times_in)?;
+    let (main, back_end) = (service.main.try_clone()?, service.back_end.try_clone()?);
+    let front_end = FrontEnd::spawn(main, back_end, service.user_address, place.answerer);
     let (polling, sleeping) = (Polling::start(place.answerer)?, Sleeping::start(place.answerer)?);
     let mut reader = service.worker.reader()?;
     let mut at = IOVA_BASE;
@@ -60,7 +54,7 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
         at
     };
     let (mut ours, mut hops) = (Vec::new(), Vec::new());
-    let (mut cold, mut piped) = (Vec::new(), Vec::new());
+    let (mut cold, mut piped, mut bare) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..BLOCKS {
         for n in 0..BLOCK {
             let ns = resolve(&mut reader, next(), 1)?;
@@ -69,20 +63,23 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
             }
         }
         for (pipelined, times) in [(false, &mut cold), (true, &mut piped)] {
-            // Relaxed: the misses come later, over a socket.
-            pipelines.store(pipelined, Ordering::Relaxed);
+            front_end.pipelines(pipelined);
             resolve(&mut reader, next(), 1)?;
             for _ in 0..BATCHES {
                 times.push(resolve(&mut reader, next(), COLD_PAGES)?);
             }
         }
-        pipelines.store(false, Ordering::Relaxed);
+        front_end.pipelines(false);
         polling.awake(true);
         for n in 0..BLOCK {
-            let (ns, ()) = time_ns(|| polling.ask());
+            let (ns, ()) = time_ns(|| polling.ask(1));
             if n >= WARM_UP {
                 hops.push(ns);
             }
+        }
+        for _ in 0..BATCHES {
+            let (ns, ()) = time_ns(|| polling.ask(BATCH));
+            bare.push(ns);
         }
         polling.awake(false);
     }
@@ -100,10 +97,9 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
     }
     drop(reader);
     drop(service);
-    front_end.join().map_err(|_| "the front-end panicked")?;
-    polling.end();
+    let mut updates = front_end.join()?;
+    let mut bare_updates = polling.end()?;
     sleeping.end();
-    let mut updates: Vec<f64> = update_times.try_iter().collect();
     let (one, updates_ns) = (median_ns(&mut ours), median_ns(&mut updates));
     let (cold, piped, hops) = (median_ns(&mut cold), median_ns(&mut piped), median_ns(&mut hops));
     let (cold_one, cold_hops) = (median_ns(&mut cold_ours), median_ns(&mut cold_hops));
@@ -127,6 +123,10 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
         "1 miss + 31 UPDATEs",
         Target::CostsAtMost(1.0),
     ));
+    // What is left of that with nobody but the front-end doing anything: its own reading of 31 messages more.
+    let (bare, sum) = (median_ns(&mut bare), hops + median_ns(&mut bare_updates));
+    let name = "the same, nothing but messages";
+    rows.push(Row::new(name, "ns", bare, sum, "its 1 miss + 31 UPDATEs", Target::None));
     let name = "32 cold pages, a front-end that pipelines";
     rows.push(Row::new(name, "ns", piped, one, "1 miss", Target::CostsAtMost(3.0)));
     Ok(())
@@ -137,74 +137,4 @@ fn resolve(reader: &mut Reader, iova: u64, pages: u64) -> Result<f64, Box<dyn st
     let (ns, result) = time_ns(|| reader.resolve(iova, pages * PAGE, Access::READ, TIMEOUT_MS));
     result?;
     Ok(ns)
-}
-
-/// The front-end's thread: every miss is answered at once. `times` hears how long the UPDATEs behind the first take
-/// when [`COLD_PAGES`] are answered one by one.
-fn spawn_front_end(
-    service: &Service,
-    cpu: Option<usize>,
-    pipelines: &Arc<AtomicBool>,
-    times: Sender<f64>,
-) -> std::io::Result<std::thread::JoinHandle<()>> {
-    let (main, back_end) = (service.main.try_clone()?, service.back_end.try_clone()?);
-    let (pipelines, user_address) = (Arc::clone(pipelines), service.user_address);
-    Ok(std::thread::spawn(move || {
-        bind(cpu);
-        // An Err is the end of the service.
-        let _ = answer_misses(&main, &back_end, user_address, &pipelines, &times);
-    }))
-}
-
-fn answer_misses(
-    mut main: &UnixStream,
-    mut back_end: &UnixStream,
-    user_address: u64,
-    pipelines: &AtomicBool,
-    times: &Sender<f64>,
-) -> std::io::Result<()> {
-    let mut bytes = vec![0; 64 * IOTLB_LEN];
-    let mut filled = 0;
-    let mut updates: Vec<[u8; IOTLB_LEN]> = Vec::with_capacity(64);
-    let mut acks = vec![0; 64 * ACK_LEN];
-    loop {
-        match back_end.read(&mut bytes[filled..])? {
-            0 => return Ok(()),
-            count => filled += count,
-        }
-        let (misses, _) = bytes[..filled].as_chunks::<IOTLB_LEN>();
-        updates.clear();
-        updates.extend(misses.iter().filter_map(|miss| answer(miss, user_address)));
-        if pipelines.load(Ordering::Relaxed) {
-            main.write_all(updates.as_flattened())?;
-            main.read_exact(&mut acks[..updates.len() * ACK_LEN])?;
-        } else {
-            let mut start = None;
-            for update in &updates {
-                main.write_all(update)?;
-                main.read_exact(&mut acks[..ACK_LEN])?;
-                // Without the first: that one is part of the miss.
-                start.get_or_insert_with(Instant::now);
-            }
-            if let Some(start) = start.filter(|_| updates.len() as u64 == COLD_PAGES) {
-                // An Err means that nobody wants to know.
-                let _ = times.send(start.elapsed().as_secs_f64() * 1e9);
-            }
-        }
-        // Only those that asked for one get a reply.
-        let asked = misses.iter().filter(|miss| needs_reply(&miss[..])).count();
-        let whole = misses.len() * IOTLB_LEN;
-        for _ in 0..asked {
-            let mut reply = [0; ACK_LEN];
-            reply[..HEADER_LEN].copy_from_slice(&MessageHeader::reply(BACKEND_IOTLB).encode());
-            back_end.write_all(&reply)?;
-        }
-        bytes.copy_within(whole..filled, 0);
-        filled -= whole;
-    }
-}
-
-/// Whether a message asks for a reply.
-fn needs_reply(message: &[u8]) -> bool {
-    message.first_chunk::<HEADER_LEN>().is_some_and(|header| MessageHeader::decode(header).needs_reply())
 }

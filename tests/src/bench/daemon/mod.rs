@@ -5,6 +5,7 @@
 //! | [`ack`] | UPDATE and INVALIDATE against a bare echo |
 //! | [`busy`] | a miss with a daemon that never sleeps, against a round trip |
 //! | [`miss`] | a miss from worker to worker against the sum of its hops; 32 cold pages |
+//! | [`front_end`] | a front-end that answers misses at once |
 //! | [`echo`] | the bare echo |
 //! | [`hops`] | the bare chains that a miss is measured against |
 //! | [`drain`] | taking a page away while another process reads; looking at idle readers |
@@ -15,6 +16,7 @@ pub mod ack;
 pub mod busy;
 pub mod drain;
 pub mod echo;
+pub mod front_end;
 pub mod hops;
 pub mod miss;
 pub mod place;

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 
 use iotlb_client::{Access, AttachOptions, Attachment};
 use iotlbd::server::{DeviceKind, FrontEndSource, Server, ServerConfig, ServerError};
-use iotlbd::sim::wire::{HEADER_LEN, Iotlb, MessageHeader, code};
+use iotlbd::sim::wire::{BACKEND_IOTLB, HEADER_LEN, Iotlb, MessageHeader, code};
 use iotlbd::sim::{FrontEnd, FrontEndOptions, Guest, Unmapping, VirtioNet};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
@@ -101,6 +101,15 @@ impl Drop for Service {
 #[must_use]
 pub fn update(iova: u64, user_address: u64) -> [u8; IOTLB_LEN] {
     message(&Iotlb::update(iova, PAGE, user_address, Access::READ_WRITE))
+}
+
+/// A MISS of some page, without a reply.
+#[must_use]
+pub fn miss() -> [u8; IOTLB_LEN] {
+    let header = MessageHeader::request(code::IOTLB_UPDATE, Iotlb::LEN, false);
+    let mut bytes = update(0, 0);
+    bytes[..HEADER_LEN].copy_from_slice(&MessageHeader { request: BACKEND_IOTLB, ..header }.encode());
+    bytes
 }
 
 /// What the front-end says to a MISS: an UPDATE of the page. `None`: it is no such message.
