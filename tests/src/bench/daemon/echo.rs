@@ -1,9 +1,12 @@
 //! The bare peer of an acknowledgement: sends 20 bytes for 44 and does nothing else.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
@@ -14,6 +17,15 @@ use crate::processors::bind;
 /// How long it polls after a message before it sleeps, about as long as the daemon.
 const POLLS: Duration = Duration::from_micros(50);
 
+/// Where it sleeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sleeps {
+    /// In `epoll_wait`, as the daemon does, which has more to wait for than one socket.
+    InEpoll,
+    /// In the call that receives.
+    InReceive,
+}
+
 /// A thread that answers. It sleeps while nobody asks.
 pub(super) struct Echo {
     /// Where to ask.
@@ -22,11 +34,13 @@ pub(super) struct Echo {
 }
 
 impl Echo {
-    pub(super) fn start(cpu: Option<usize>) -> std::io::Result<Echo> {
+    pub(super) fn start(cpu: Option<usize>, sleeps: Sleeps) -> std::io::Result<Echo> {
         let (near, far) = UnixStream::pair()?;
+        let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&set, &far, epoll::EventData::new_u64(0), epoll::EventFlags::IN | epoll::EventFlags::ET)?;
         let thread = std::thread::spawn(move || {
             bind(cpu);
-            answer(&far);
+            answer(&far, (sleeps == Sleeps::InEpoll).then_some(&set));
         });
         Ok(Echo { near, thread })
     }
@@ -37,12 +51,14 @@ impl Echo {
     }
 }
 
-/// Polls for a while after a message, yielding, then sleeps.
-fn answer(stream: &UnixStream) {
+/// Polls for a while after a message, yielding, then sleeps, in `set` if there is one.
+fn answer(stream: &UnixStream, set: Option<&OwnedFd>) {
     let mut message = [0; IOTLB_LEN];
     let mut awake_until = Instant::now();
+    let mut events = Vec::with_capacity(1);
     loop {
-        let flags = if Instant::now() < awake_until { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
+        let is_awake = Instant::now() < awake_until;
+        let flags = if is_awake || set.is_some() { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
         match recv(stream, &mut message[..], flags) {
             Ok((IOTLB_LEN, _)) => {
                 if send(stream, &[0; ACK_LEN], SendFlags::NOSIGNAL).is_err() {
@@ -50,7 +66,14 @@ fn answer(stream: &UnixStream) {
                 }
                 awake_until = Instant::now() + POLLS;
             }
-            Err(Errno::AGAIN) => std::thread::yield_now(),
+            Err(Errno::AGAIN) => match set.filter(|_| !is_awake) {
+                Some(set) => {
+                    events.clear();
+                    // Every way to wake up is a reason to look.
+                    let _ = epoll::wait(set, spare_capacity(&mut events), None);
+                }
+                None => std::thread::yield_now(),
+            },
             _ => return,
         }
     }
