@@ -25,7 +25,7 @@ use super::service::{ACK_LEN, IOTLB_LEN, answer, miss, update};
 use crate::processors::bind;
 
 /// How long a client spins before it sleeps, at most; askers here do the same.
-const SPIN: Duration = Duration::from_micros(64);
+const SPIN: Duration = Duration::from_micros(100);
 
 /// A thread that answers each message, blocking. It ends with the stream that is returned.
 fn spawn_front_end(cpu: Option<usize>) -> std::io::Result<(UnixStream, JoinHandle<()>)> {
