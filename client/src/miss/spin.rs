@@ -1,7 +1,7 @@
 //! How long a thread spins for an answer before it sleeps.
 //!
 //! To be woken up costs 5 to 30 microseconds, most where the processor is a virtual one that went to rest. Most answers
-//! come soon: in less than that when front-end and daemon are awake, in twice that when both sleep. But where
+//! come soon: in less than that when front-end and daemon are awake, after two such wake-ups when both sleep. But where
 //! processors are few, whoever spins may keep the one it waits for from running, and does so in vain when answers take
 //! longer anyway. So a thread spins while that lately paid, tries again now and then when it did not, and lets others
 //! run meanwhile.

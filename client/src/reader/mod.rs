@@ -221,8 +221,8 @@ impl Reader {
     }
 
     /// Makes sure that `len` bytes from `iova` are in the table with `access`, by asking the daemon for what is
-    /// missing. Blocks: spins for some dozens of microseconds while that pays, then sleeps; for a long range the same
-    /// again before its end.
+    /// missing. Blocks: spins for up to a tenth of a millisecond while that pays, then sleeps; for a long range the
+    /// same again before its end.
     /// Any length; asks for all that is missing at once.
     ///
     /// That all is there when this returns does not mean that it still is at the next pin: translate, and resolve again

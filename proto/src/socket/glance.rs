@@ -25,15 +25,16 @@ use crate::vhost_user::iotlb::IOTLB_LEN;
 
 /// Bytes of most messages: those that are looked at one by one while a session lasts.
 const MESSAGE_LEN: usize = HEADER_LEN + IOTLB_LEN;
-/// Messages that are handed out before another look: with as many, what was handed out is taken first.
-const KEPT_MAX: usize = 32;
-/// Messages that one look can bring at least, however many are kept. A front-end that pipelines sends as many as it was
-/// asked for, and waits for the answers to all of them: those that a look has no room for are answered apart.
+/// With so many messages handed out and left in the socket, they are taken before anything else is looked at.
+const TAKE_AT: usize = 24;
+/// Messages that a look has room for behind those, as long as an IOTLB message or shorter. A front-end that pipelines
+/// sends as many as it was asked for, and waits for the answers to all of them: those without room are answered apart.
 const LOOK_MIN: usize = 32;
-/// Bytes looked at before they are taken. Each message takes up some 768 bytes of what the peer's end may hold, by
-/// default 212,992, and that end counts as writable while three quarters of it are free: so with this many it still is.
-/// Of messages without payload one look may bring more.
-const GLANCE_MAX: usize = (KEPT_MAX - 1 + LOOK_MIN) * MESSAGE_LEN;
+/// Bytes that were looked at and not taken, at most. Each message takes up 768 bytes or somewhat more of what the
+/// peer's end may hold, by default 212,992, and that end counts as writable while three quarters of it are free: so
+/// with these 55 messages it still is. Of messages without payload there may be more; a peer that waits for room has it
+/// when they are put away.
+const GLANCE_MAX: usize = (TAKE_AT - 1 + LOOK_MIN) * MESSAGE_LEN;
 
 sockopt_impl!(
     /// Where the next look begins.
@@ -100,7 +101,7 @@ impl Glance {
     pub(super) fn look(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
         // What was seen in part is looked at from its start, where there is room for all of it.
         let is_cut = self.seen > self.handed_out;
-        if is_cut || self.messages >= KEPT_MAX || GLANCE_MAX - self.seen < MESSAGE_LEN {
+        if is_cut || self.messages >= TAKE_AT || GLANCE_MAX - self.seen < MESSAGE_LEN {
             self.take(socket)?;
         }
         match self.peek(socket)? {

@@ -141,7 +141,7 @@ pub struct MessageStream {
     fd: OwnedFd,
     incoming: Incoming,
     /// `None`: the system cannot show what is in the socket and keep the place, so messages are received one by one.
-    glance: Option<Glance>,
+    glance: Option<Box<Glance>>,
     partial: Partial,
     outgoing: SendQueue,
     broken: bool,
@@ -169,7 +169,7 @@ impl MessageStream {
 
     fn new(fd: OwnedFd, incoming: Incoming) -> MessageStream {
         MessageStream {
-            glance: Glance::new(fd.as_fd()).ok(),
+            glance: Glance::new(fd.as_fd()).ok().map(Box::new),
             fd,
             incoming,
             partial: Partial::default(),

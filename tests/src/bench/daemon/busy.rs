@@ -35,7 +35,7 @@ const ALLOWANCE_NS: f64 = 2_000.0;
 /// Adds the row.
 pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> Outcome {
     eprintln!("daemon: misses, busy polling");
-    let echo = Echo::start(place.answerer, Sleeps::InEpoll)?;
+    let echo = Echo::start(place.answerer, Sleeps::InReceive)?;
     let (mut misses, mut round_trips) = (Vec::new(), Vec::new());
     for _ in 0..BLOCKS {
         restore(everywhere);

@@ -18,7 +18,7 @@ use crate::processors::bind;
 const POLLS: Duration = Duration::from_micros(50);
 
 /// Where it sleeps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub(super) enum Sleeps {
     /// In `epoll_wait`, as the daemon does, which has more to wait for than one socket.
     InEpoll,
@@ -36,11 +36,18 @@ pub(super) struct Echo {
 impl Echo {
     pub(super) fn start(cpu: Option<usize>, sleeps: Sleeps) -> std::io::Result<Echo> {
         let (near, far) = UnixStream::pair()?;
-        let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        epoll::add(&set, &far, epoll::EventData::new_u64(0), epoll::EventFlags::IN | epoll::EventFlags::ET)?;
+        let set = match sleeps {
+            Sleeps::InReceive => None,
+            Sleeps::InEpoll => {
+                let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+                let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+                epoll::add(&set, &far, epoll::EventData::new_u64(0), flags)?;
+                Some(set)
+            }
+        };
         let thread = std::thread::spawn(move || {
             bind(cpu);
-            answer(&far, (sleeps == Sleeps::InEpoll).then_some(&set));
+            answer(&far, set.as_ref());
         });
         Ok(Echo { near, thread })
     }

@@ -1,4 +1,5 @@
-//! A front-end's thread that answers every miss at once, blocking: all a daemon, or a bare chain in its place, hears of.
+//! A front-end's thread that answers every miss at once, blocking. The daemon has it, and so has the bare chain that
+//! polls ([`hops`](super::hops)).
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

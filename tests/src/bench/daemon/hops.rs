@@ -1,10 +1,10 @@
 //! The bare chains that a miss is measured against: a word from the asker to the answerer, 44 bytes over a socket to a
 //! blocked thread, which makes an UPDATE of them as the front-end does, 44 bytes back, a word to the asker.
 //!
-//! In `Polling` asker and answerer spin and yield, as a client and a daemon do while misses come one after the other.
-//! Its front-end is the one that the daemon has, so UPDATEs are acknowledged, and it can be asked for many pages.
-//! In `Sleeping` nobody does: an eventfd wakes the answerer up in `epoll_wait`, the socket the front-end in `read`,
-//! the socket the answerer in `epoll_wait`, a futex the asker, unless it is told to spin.
+//! In `Polling` the asker spins and the answerer polls and yields, for as long as it takes. Its front-end is the one
+//! that the daemon has, so UPDATEs are acknowledged, and it can be asked for many pages. In `Sleeping` nobody polls: an
+//! eventfd wakes the answerer up in `epoll_wait`, the socket the front-end in `read`, the socket the answerer in
+//! `epoll_wait`, a futex the asker, unless it is told to spin.
 
 use std::hint::spin_loop;
 use std::io::{Read, Write};
@@ -17,32 +17,18 @@ use std::time::{Duration, Instant};
 use iotlb_proto::sync::{AtomicU32, Ordering};
 use rustix::buffer::spare_capacity;
 use rustix::event::{EventfdFlags, epoll, eventfd};
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 use rustix::thread::futex;
 
+use super::Outcome;
 use super::front_end::{BATCH, FrontEnd};
 use super::service::{ACK_LEN, IOTLB_LEN, answer, miss, update};
 use crate::processors::bind;
 
-/// How long a client spins before it sleeps, at most; askers here do the same.
+/// How long an asker that is to sleep in the end spins before, as a client does (`SPIN_MAX` there); one that only spins
+/// lets others run from then on.
 const SPIN: Duration = Duration::from_micros(100);
-
-/// A thread that answers each message, blocking. It ends with the stream that is returned.
-fn spawn_front_end(cpu: Option<usize>) -> std::io::Result<(UnixStream, JoinHandle<()>)> {
-    let (near, far) = UnixStream::pair()?;
-    let front_end = std::thread::spawn(move || {
-        bind(cpu);
-        let (mut far, mut miss) = (&far, [0; IOTLB_LEN]);
-        // A MISS is as long as an UPDATE. An Err or None is the end.
-        while far.read_exact(&mut miss).is_ok() {
-            let Some(update) = answer(&miss, 0) else { return };
-            if far.write_all(&update).is_err() {
-                return;
-            }
-        }
-    });
-    Ok((near, front_end))
-}
 
 /// The chain whose asker and answerer poll.
 pub(super) struct Polling {
@@ -51,7 +37,8 @@ pub(super) struct Polling {
     front_end: FrontEnd,
 }
 
-/// What the asker and the answerer share, on lines of their own.
+/// What the asker and the answerer share, on lines of their own. The words carry nothing but themselves, so they are
+/// relaxed.
 #[derive(Default)]
 struct Words {
     /// How many pages were asked for since the start.
@@ -88,27 +75,35 @@ impl Polling {
     }
 
     pub(super) fn awake(&self, awake: bool) {
-        self.shared.state.0.store(if awake { AWAKE } else { REST }, Ordering::Release);
+        self.shared.state.0.store(if awake { AWAKE } else { REST }, Ordering::Relaxed);
         self.answerer.thread().unpark();
     }
 
-    /// One chain from end to end, for `pages` pages, at most [`BATCH`]. The asker spins for as long as it takes.
-    pub(super) fn ask(&self, pages: usize) {
+    /// One chain from end to end, for `pages` pages, at most [`BATCH`].
+    ///
+    /// # Errors
+    /// The answerer is gone.
+    pub(super) fn ask(&self, pages: usize) -> Outcome {
         let words = &self.shared;
-        let asked = words.asked.0.load(Ordering::Relaxed).wrapping_add(u32::try_from(pages).unwrap_or(u32::MAX));
-        words.asked.0.store(asked, Ordering::Release);
+        let pages = u32::try_from(pages.min(BATCH))?;
+        let asked = words.asked.0.load(Ordering::Relaxed).wrapping_add(pages);
+        words.asked.0.store(asked, Ordering::Relaxed);
         let yield_after = Instant::now() + SPIN;
-        while words.answered.0.load(Ordering::Acquire) != asked {
+        while words.answered.0.load(Ordering::Relaxed) != asked {
             spin_loop();
             if Instant::now() >= yield_after {
+                if self.answerer.is_finished() {
+                    return Err("the bare chain has ended".into());
+                }
                 std::thread::yield_now();
             }
         }
+        Ok(())
     }
 
     /// Ends it; returns what [`FrontEnd::join`] does.
     pub(super) fn end(self) -> Result<Vec<f64>, Box<dyn std::error::Error>> {
-        self.shared.state.0.store(END, Ordering::Release);
+        self.shared.state.0.store(END, Ordering::Relaxed);
         self.answerer.thread().unpark();
         self.answerer.join().map_err(|_| "the answerer panicked")?;
         self.front_end.join()
@@ -118,11 +113,12 @@ impl Polling {
 /// The answerer: a word in, messages out; a message in, a word out if it was the last, an acknowledgement out; yields
 /// in between.
 fn relay(words: &Words, mut main: &UnixStream, mut back_end: &UnixStream) -> std::io::Result<()> {
-    let miss = miss();
+    let misses = [miss(); BATCH];
     let mut update = [0; IOTLB_LEN];
+    // Pages asked for since the start, and how many of them have not come.
     let (mut taken, mut open) = (0, 0);
     loop {
-        match words.state.0.load(Ordering::Acquire) {
+        match words.state.0.load(Ordering::Relaxed) {
             REST => {
                 std::thread::park();
                 continue;
@@ -130,19 +126,22 @@ fn relay(words: &Words, mut main: &UnixStream, mut back_end: &UnixStream) -> std
             AWAKE => {}
             _ => return Ok(()),
         }
-        let asked = words.asked.0.load(Ordering::Acquire);
+        let asked = words.asked.0.load(Ordering::Relaxed);
         if asked != taken {
-            open = asked.wrapping_sub(taken);
+            open = BATCH.min(asked.wrapping_sub(taken) as usize);
             taken = asked;
-            let misses = [miss; BATCH];
-            back_end.write_all(misses[..BATCH.min(open as usize)].as_flattened())?;
+            back_end.write_all(misses[..open].as_flattened())?;
         }
-        if recv(main, &mut update[..], RecvFlags::DONTWAIT).is_ok_and(|(count, _)| count > 0) {
-            open -= 1;
-            if open == 0 {
-                words.answered.0.store(taken, Ordering::Release);
+        match recv(main, &mut update[..], RecvFlags::DONTWAIT) {
+            Ok((IOTLB_LEN, _)) if open > 0 => {
+                open -= 1;
+                if open == 0 {
+                    words.answered.0.store(taken, Ordering::Relaxed);
+                }
+                main.write_all(&[0; ACK_LEN])?;
             }
-            main.write_all(&[0; ACK_LEN])?;
+            Err(Errno::AGAIN) => {}
+            _ => return Err(std::io::ErrorKind::UnexpectedEof.into()),
         }
         std::thread::yield_now();
     }
@@ -154,6 +153,24 @@ pub(super) struct Sleeping {
     answered: Arc<Line>,
     answerer: JoinHandle<()>,
     front_end: JoinHandle<()>,
+}
+
+/// The front-end of this chain: it answers each message, blocking, and hears of no acknowledgement. It ends with the
+/// stream that is returned.
+fn spawn_front_end(cpu: Option<usize>) -> std::io::Result<(UnixStream, JoinHandle<()>)> {
+    let (near, far) = UnixStream::pair()?;
+    let front_end = std::thread::spawn(move || {
+        bind(cpu);
+        let (mut far, mut miss) = (&far, [0; IOTLB_LEN]);
+        // A MISS is as long as an UPDATE. An Err or None is the end.
+        while far.read_exact(&mut miss).is_ok() {
+            let Some(update) = answer(&miss, 0) else { return };
+            if far.write_all(&update).is_err() {
+                return;
+            }
+        }
+    });
+    Ok((near, front_end))
 }
 
 /// Rung so often at once: the end.

@@ -72,13 +72,15 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
         front_end.pipelines(false);
         polling.awake(true);
         for n in 0..BLOCK {
-            let (ns, ()) = time_ns(|| polling.ask(1));
+            let (ns, done) = time_ns(|| polling.ask(1));
+            done?;
             if n >= WARM_UP {
                 hops.push(ns);
             }
         }
         for _ in 0..BATCHES {
-            let (ns, ()) = time_ns(|| polling.ask(BATCH));
+            let (ns, done) = time_ns(|| polling.ask(BATCH));
+            done?;
             bare.push(ns);
         }
         polling.awake(false);
@@ -123,7 +125,7 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
         "1 miss + 31 UPDATEs",
         Target::CostsAtMost(1.0),
     ));
-    // What is left of that with nobody but the front-end doing anything: its own reading of 31 messages more.
+    // For context: the same where the back-end has nothing to do with a page.
     let (bare, sum) = (median_ns(&mut bare), hops + median_ns(&mut bare_updates));
     let name = "the same, nothing but messages";
     rows.push(Row::new(name, "ns", bare, sum, "its 1 miss + 31 UPDATEs", Target::None));

@@ -103,7 +103,8 @@ pub fn update(iova: u64, user_address: u64) -> [u8; IOTLB_LEN] {
     message(&Iotlb::update(iova, PAGE, user_address, Access::READ_WRITE))
 }
 
-/// A MISS of some page, without a reply.
+/// What takes the place of a MISS where nobody looks further than [`answer`]: it has the header of one that asks for no
+/// reply.
 #[must_use]
 pub fn miss() -> [u8; IOTLB_LEN] {
     let header = MessageHeader::request(code::IOTLB_UPDATE, Iotlb::LEN, false);
