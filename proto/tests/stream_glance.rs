@@ -100,20 +100,23 @@ fn a_burst_is_seen_as_a_whole_however_much_is_kept() {
 
 #[test]
 fn hundreds_of_messages_without_payload_come_once_each() {
-    let (mut stream, mut peer) = pair();
     let requests: Vec<u32> = (0..600).map(|number| 1 + number % 30).collect();
     let bytes: Vec<u8> = requests.iter().flat_map(|request| Header::request(*request, 0, false).to_bytes()).collect();
-    // With that in front, the end of what one look has room for lies inside a message.
-    peer.write_all(&[message(0), bytes].concat()).expect("writes");
-    assert_eq!(next(&mut stream), 0);
-    for (number, request) in requests.iter().enumerate() {
-        let Ok(Received::Message { header, .. }) = stream.receive() else { panic!("message {number}") };
-        assert_eq!(header.request, *request, "message {number}");
-        if number % 37 == 0 {
-            stream.put_away().expect("whole");
+    // They are more than a look has room for, which with one or another number of longer ones in front ends inside a
+    // message.
+    for longer in 0..3 {
+        let (mut stream, mut peer) = pair();
+        peer.write_all(&[messages(0..longer), bytes.clone()].concat()).expect("writes");
+        (0..longer).for_each(|number| assert_eq!(next(&mut stream), number));
+        for (number, request) in requests.iter().enumerate() {
+            let Ok(Received::Message { header, .. }) = stream.receive() else { panic!("message {number}") };
+            assert_eq!(header.request, *request, "message {number}");
+            if number > 300 && number % 37 == 0 {
+                stream.put_away().expect("whole");
+            }
         }
+        would_block(&mut stream);
     }
-    would_block(&mut stream);
 }
 
 #[test]
