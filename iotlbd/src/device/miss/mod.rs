@@ -26,7 +26,7 @@ use smallvec::{SmallVec, smallvec};
 use super::{Action, WorkerId};
 use coverage::pages_of;
 pub(super) use coverage::{Coverage, Translations, coverage};
-use flights::{Flight, Flights};
+use flights::{Flight, Flights, IN_FLIGHT_MAX};
 use open::OpenPages;
 use pages::{Interest, PageMiss, PageMisses, State};
 use turns::{Owner, Turns};
@@ -39,8 +39,9 @@ mod pages;
 mod tests;
 mod turns;
 
-/// A reply is asked for after so many messages at the latest, so that places become free before all are taken.
-const REPLY_EVERY: usize = 16;
+/// A reply is asked for after so many messages at the latest: half of the places become free while the front-end works
+/// on the other half. More replies would only cost it more.
+const REPLY_EVERY: usize = IN_FLIGHT_MAX / 2;
 /// How often a page is asked again when the front-end says "done" and the page still is not there.
 const RETRIES_MAX: u8 = 3;
 /// What counts as the reply to a message without one, when a later one was replied to and the page is not there.

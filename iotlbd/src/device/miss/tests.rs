@@ -6,7 +6,6 @@ use iotlb_proto::table::Translation;
 use iotlb_proto::worker::{Answer, MissRequest};
 use proptest::prelude::*;
 
-use super::flights::IN_FLIGHT_MAX;
 use super::*;
 
 #[derive(Default)]
