@@ -236,6 +236,10 @@ fn what_cannot_be_reached_is_refused_and_supersedes_what_was_there() {
     assert_eq!(bench.update(0x8000_0000, 4096, USER, Access::NONE), 1);
     assert_eq!(target(&bench, 0x8000_0000), None);
     assert_eq!(bench.update(0x8000_0000, 8192, u64::MAX - 10, RW), 1);
+    let last_page = u64::MAX - 4095;
+    assert_eq!(bench.update(last_page, 4096, USER, RW), 0);
+    assert_eq!(bench.update(last_page, 8192, USER, RW), 1, "it wraps");
+    assert_eq!(target(&bench, last_page), None);
 }
 
 #[test]

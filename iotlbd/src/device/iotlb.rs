@@ -1,7 +1,7 @@
 //! UPDATE and INVALIDATE.
 //!
 //! An UPDATE says what a range means from now on, so whatever was known of the range before is void in any case: a part
-//! that this side cannot reach (outside every region, no permission, a user address that wraps) answers non-zero *and*
+//! that this side cannot reach (outside every region, no permission, an address that wraps) answers non-zero *and*
 //! takes away what the range meant so far. Being without a translation costs a miss; keeping an old one costs the
 //! guest's memory.
 
@@ -26,14 +26,16 @@ impl Device {
         if !self.session.iommu() {
             return Err(RequestError::NoIommu);
         }
-        let Some(range) = IovaRange::from_len(message.iova, message.size) else {
-            return Err(RequestError::UpdateRange { iova: message.iova, size: message.size });
-        };
+        if message.size == 0 {
+            return Err(RequestError::EmptyUpdate { iova: message.iova });
+        }
         let mut job = Job::give(due);
-        let pieces = match self.memory.split_user(message.user_address, range.len_minus_one()) {
-            Some(pieces) if !message.access.is_none() => pieces,
+        let range = IovaRange::from_len(message.iova, message.size);
+        let pieces = range.and_then(|range| self.memory.split_user(message.user_address, range.len_minus_one()));
+        let (range, pieces) = match (range, pieces) {
+            (Some(range), Some(pieces)) if !message.access.is_none() => (range, pieces),
             _ => {
-                job.parts.push(Part::Remove { range });
+                job.parts.push(Part::Remove { range: IovaRange::from_invalidate(message.iova, message.size) });
                 self.refuse_update(&mut job, message);
                 return Ok(job);
             }

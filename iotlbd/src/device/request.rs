@@ -34,8 +34,8 @@ pub(super) enum RequestError {
     NotNegotiated(&'static str),
     #[error("feature bits {0:#x} were not offered")]
     NotOffered(u64),
-    #[error("UPDATE of {size} bytes at {iova:#x} is empty or wraps")]
-    UpdateRange { iova: u64, size: u64 },
+    #[error("UPDATE at {iova:#x} is empty")]
+    EmptyUpdate { iova: u64 },
     #[error("UPDATE without ACCESS_PLATFORM")]
     NoIommu,
     #[error("{0:?} is not for the front-end to send on the main channel")]

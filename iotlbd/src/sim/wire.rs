@@ -161,10 +161,10 @@ impl Iotlb {
         Iotlb { iova, size, user_address, permission: access.bits(), kind: 2 }
     }
 
-    /// Forget a range.
+    /// Forget a range. The two fields that mean nothing then are as QEMU leaves them: what its stack held.
     #[must_use]
     pub fn invalidate(iova: u64, size: u64) -> Iotlb {
-        Iotlb { iova, size, user_address: 0, permission: 0, kind: 3 }
+        Iotlb { iova, size, user_address: 0x562c_4887_1230, permission: 0xa5, kind: 3 }
     }
 
     /// As bytes.

@@ -82,18 +82,27 @@ impl IotlbMessage {
         IotlbMessage { iova, size, user_address: 0, access: Access::NONE, kind: IotlbKind::Invalidate }
     }
 
-    /// Reads a message. Addresses and sizes are taken as they are: what a size means depends on the kind, and
-    /// front-ends leave garbage in `user_address` where it has no meaning. The six bytes of padding are ignored.
+    /// Reads a message. Addresses and sizes are taken as they are: what a size means depends on the kind. The six bytes
+    /// of padding are ignored.
+    ///
+    /// Front-ends leave garbage where a field has no meaning: QEMU sets neither `user_address` nor the permission of an
+    /// invalidation. So what the kind does not use is not looked at, and the permission of an invalidation is none. An
+    /// update whose permission has bits without a meaning allows nothing, as one without permission: it still replaces
+    /// what its range meant before.
     ///
     /// # Errors
     ///
-    /// A type or a permission without a meaning.
+    /// A type without a meaning, or a miss or access failure with a permission without one.
     pub fn from_bytes(bytes: &[u8; IOTLB_LEN]) -> Result<IotlbMessage, IotlbError> {
         let mut fields = Fields::new(bytes);
         let (iova, size, user_address) = (fields.u64(), fields.u64(), fields.u64());
         let (access, kind) = (fields.u8(), fields.u8());
         let kind = IotlbKind::from_number(kind).ok_or(IotlbError::UnknownKind(kind))?;
-        let access = Access::from_bits(access).ok_or(IotlbError::UnknownAccess(access))?;
+        let access = match (kind, Access::from_bits(access)) {
+            (IotlbKind::Invalidate, _) | (IotlbKind::Update, None) => Access::NONE,
+            (_, Some(known)) => known,
+            (IotlbKind::Miss | IotlbKind::AccessFail, None) => return Err(IotlbError::UnknownAccess(access)),
+        };
         Ok(IotlbMessage { iova, size, user_address, access, kind })
     }
 
