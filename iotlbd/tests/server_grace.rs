@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 
 use iotlb_proto::access::Access;
 use iotlb_proto::control::{DaemonMessage, WorkerMessage};
+use iotlb_proto::epoch::grace::FIRST_EPOCH;
 use iotlb_proto::iova::{IovaRange, PAGE_SIZE};
 use iotlb_proto::layout::table::NODE_ENTRIES;
 use iotlb_proto::sync::Ordering;
@@ -92,6 +93,27 @@ fn a_pin_holds_the_reply_until_it_ends() {
     });
     result.expect("acknowledged");
     assert!(held);
+    server.stop();
+}
+
+#[test]
+fn workers_that_take_turns_holding_pins_do_not_hold_the_reply() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let [one, other] = [(); 2].map(|()| RawWorker::attach(&server.control()));
+    let mut front_end = front_end(&server);
+    publish(&mut front_end);
+    one.pin();
+    let result = front_end.invalidate_and(IOVA, PAGE_SIZE, |_| {
+        one.wait_until_held();
+        // The other one was free. A reader that pins now reads the new epoch, so this is none.
+        other.segment.raise_high_water(1);
+        other.segment.slots[0].word.store(FIRST_EPOCH, Ordering::Release);
+        one.unpin();
+        Ok(())
+    });
+    result.expect("acknowledged: each was seen free once");
+    other.unpin();
     server.stop();
 }
 

@@ -453,9 +453,12 @@ fn two_readers(wait: fn(&[AtomicU64; 2], u64)) {
     });
 }
 
+/// One slot after the other: each is done with once it was seen free.
 fn wait_for(slots: &[AtomicU64], target: u64) {
-    while !slots.iter().all(|slot| epoch::is_drained(slot, target)) {
-        loom::thread::yield_now();
+    for slot in slots {
+        while !epoch::is_drained(slot, target) {
+            loom::thread::yield_now();
+        }
     }
 }
 

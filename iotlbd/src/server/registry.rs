@@ -71,16 +71,17 @@ impl Registry {
         self.workers.values_mut()
     }
 
-    /// Whether every slot of every worker lets the grace period `target` pass.
-    pub(crate) fn is_drained(&self, target: u64) -> bool {
-        self.workers.values().all(|worker| worker.segment.is_drained(target))
+    /// Whether every slot of every worker has let the grace period `target` pass.
+    pub(crate) fn is_drained(&mut self, target: u64) -> bool {
+        // All are looked at each time: one that is pinned now must not hide that another was free.
+        self.workers.values_mut().fold(true, |all, worker| worker.lets_pass(target) && all)
     }
 
     /// While the grace period `target` is held back: the steps that are due, and how long they were waited for in ms.
     pub(crate) fn stalled(&mut self, target: u64, now_ns: u64, policy: &StallPolicy) -> Vec<(WorkerId, Step, u64)> {
         let mut steps = Vec::new();
         for worker in self.workers.values_mut() {
-            if worker.segment.is_drained(target) {
+            if worker.lets_pass(target) {
                 worker.stall.over();
                 continue;
             }

@@ -25,6 +25,8 @@ pub(crate) struct Worker {
     /// `None`: the connection is gone and the process lives. A stall, not a drain.
     pub(crate) link: Option<Link>,
     pub(crate) stall: Stall,
+    /// The newest grace period that every slot was seen to let pass.
+    passed: u64,
     /// Cells whose misses the device works on.
     pending: CellSet,
     /// Cells posted anew while pending: looked at again when the old miss is answered. So a worker that posts one cell
@@ -49,9 +51,20 @@ impl Worker {
             doorbell,
             link: Some(link),
             stall: Stall::default(),
+            passed: 0,
             pending: CellSet::default(),
             again: CellSet::default(),
         }
+    }
+
+    /// Whether every slot lets the grace period `target` pass, or did so once before: whoever pins after that finds
+    /// nothing of what is waited for (see `iotlb_proto::epoch`). Were all workers to be free in one look, two that pin
+    /// in turns, with a wrong epoch, would hold a reply for ever, and neither of them for long.
+    pub(crate) fn lets_pass(&mut self, target: u64) -> bool {
+        if self.passed < target && self.segment.is_drained(target) {
+            self.passed = target;
+        }
+        self.passed >= target
     }
 
     /// Takes all posted misses.

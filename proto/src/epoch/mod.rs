@@ -19,7 +19,7 @@
 //!                 full fence F_r                                 full fence F_1
 //!         read    loads of the table                             epoch = E, one more than before
 //!         unpin   slot = 0            (release)                  full fence F_2
-//!                                                        wait    until every slot is 0 or >= E   (acquire)
+//!                                                        wait    until every slot was 0 or >= E  (acquire)
 //! ```
 //!
 //! # Why that is enough
@@ -43,6 +43,9 @@
 //! *following* loads after it for everybody. (The processor of the day may do so; the language does not promise it.)
 //! The release of the pin's store costs nothing on x86 and closes the third case where the reader has already pinned
 //! again.
+//!
+//! The argument is about one pin and one slot, so slots need not be free at the same time: each is done with once it
+//! was seen at 0 or at least E after F_2. A pin that comes later, with whatever epoch, is one of the first case.
 //!
 //! A new reader slot is announced by the segment's high-water mark, stored before the first pin's F_r. A writer that
 //! misses the mark has F_2 before that F_r: first case.
