@@ -4,6 +4,7 @@
 //! Flag names are those QEMU's conventions for vhost-user back-end programs ask for where there are such.
 
 mod log;
+mod log_limit;
 pub mod parse;
 
 use std::ffi::OsString;

@@ -1,5 +1,16 @@
 //! How much peers can make this process write into its log.
 
+/// What a budget has for a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Taken {
+    /// It may be written.
+    Yes,
+    /// It may not, and is the first of those.
+    First,
+    /// It may not.
+    No,
+}
+
 /// Bounds what hostile peers can write into the log: so many lines in so long a time.
 #[derive(Debug, Default)]
 pub(crate) struct LogBudget {
@@ -13,11 +24,20 @@ impl LogBudget {
 
     /// Whether one more line may be written now.
     pub(crate) fn take(&mut self, now_ns: u64) -> bool {
+        self.spend(now_ns) == Taken::Yes
+    }
+
+    /// The same for who says that lines are left out.
+    pub(crate) fn spend(&mut self, now_ns: u64) -> Taken {
         if now_ns.saturating_sub(self.since_ns) >= LogBudget::SPAN_NS {
             *self = LogBudget { since_ns: now_ns, written: 0 };
         }
         self.written = self.written.saturating_add(1);
-        self.written <= LogBudget::LINES
+        match self.written.cmp(&(LogBudget::LINES + 1)) {
+            std::cmp::Ordering::Less => Taken::Yes,
+            std::cmp::Ordering::Equal => Taken::First,
+            std::cmp::Ordering::Greater => Taken::No,
+        }
     }
 }
 
@@ -31,6 +51,10 @@ mod tests {
         let start = LogBudget::SPAN_NS * 5;
         assert_eq!((0..100).filter(|_| budget.take(start)).count(), 10);
         assert!(!budget.take(start + LogBudget::SPAN_NS - 1));
+        assert!(budget.take(start + LogBudget::SPAN_NS));
+        let spent: Vec<Taken> = (0..11).map(|_| budget.spend(start + LogBudget::SPAN_NS)).collect();
+        assert_eq!(spent[8..], [Taken::Yes, Taken::First, Taken::No]);
+        let start = start + LogBudget::SPAN_NS;
         assert!(budget.take(start + LogBudget::SPAN_NS));
     }
 }

@@ -10,8 +10,13 @@ use std::thread;
 use std::time::Duration;
 
 use iotlb_proto::sync::{AtomicU64, Ordering};
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
+
+use super::log_limit::LogLimit;
+use crate::server::now_ns;
 
 /// Lines that wait to be written.
 const LINES_MAX: usize = 4096;
@@ -40,12 +45,10 @@ pub(super) fn start(filter: &str) -> Log {
     let _ = thread::Builder::new().name(String::from("iotlbd-log")).spawn(move || write_all(&lines, &dropped));
     // The filter was checked by the parser; should it not parse here, `info` is the better log than none.
     let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    let lines = tracing_subscriber::fmt::layer().with_writer(log.clone()).with_ansi(io::stderr().is_terminal());
+    let lines = lines.with_filter(LogLimit::new(log.clone(), now_ns));
     // An Err means that a log is set up already, which serves as well.
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(log.clone())
-        .with_ansi(io::stderr().is_terminal())
-        .try_init();
+    let _ = tracing_subscriber::registry().with(filter).with(lines).try_init();
     log
 }
 

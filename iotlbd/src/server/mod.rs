@@ -54,6 +54,7 @@ use std::os::fd::OwnedFd;
 use rustix::net::SocketType;
 use tracing::info;
 
+pub(crate) use alarm::now_ns;
 pub use config::{DeviceKind, FrontEndSource, ServerConfig, StallPolicy};
 pub use cpu::CpuError;
 pub use inherit::{FrontEndSocket, Inherited};

@@ -99,10 +99,11 @@ impl EventLoop {
                     self.disconnect(id, "it claimed more queues than there are");
                     return;
                 }
+                let mut leased = Vec::new();
                 for queue in queues {
                     let answer = match self.leases.claim(queue, id, claim) {
                         Ok(()) => {
-                            info!(worker = id.0, queue, claim, "leased");
+                            leased.push(queue);
                             Outgoing::Lease { queue, claim }
                         }
                         Err(error) => {
@@ -111,6 +112,9 @@ impl EventLoop {
                         }
                     };
                     self.push(id, answer);
+                }
+                if !leased.is_empty() {
+                    info!(worker = id.0, queues = ?leased, claim, "leased");
                 }
                 self.flush(id);
             }
@@ -209,8 +213,9 @@ impl EventLoop {
         if let Some(link) = &worker.link {
             self.poller.forget(link);
         }
-        for queue in self.leases.release_all(id) {
-            info!(worker = id.0, queue, "free again");
+        let freed = self.leases.release_all(id);
+        if !freed.is_empty() {
+            info!(worker = id.0, queues = ?freed, "free again");
         }
         self.device.handle(Event::WorkerGone { worker: id }, now_ns());
     }
