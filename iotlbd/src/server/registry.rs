@@ -73,8 +73,12 @@ impl Registry {
 
     /// Whether every slot of every worker has let the grace period `target` pass.
     pub(crate) fn is_drained(&mut self, target: u64) -> bool {
-        // All are looked at each time: one that is pinned now must not hide that another was free.
-        self.workers.values_mut().fold(true, |all, worker| worker.lets_pass(target) && all)
+        let mut all = true;
+        for worker in self.workers.values_mut() {
+            // Also behind one that is pinned: that this one was free must not stay unseen.
+            all &= worker.lets_pass(target);
+        }
+        all
     }
 
     /// While the grace period `target` is held back: the steps that are due, and how long they were waited for in ms.
