@@ -430,7 +430,7 @@ fn a_removed_region_takes_its_entries_along_whatever_their_iova() {
     assert_eq!(bench.update(0x1_0000_0000, 4096, USER, RW), 0);
     assert_eq!(bench.update(0x3000, 4096, 0x5000_0000, RW), 0);
     bench.actions.clear();
-    bench.ack(Request::RemMemReg(second));
+    bench.ack(Request::RemMemReg(MemoryRegion { mmap_offset: 0x123, ..second }));
     assert_eq!(target(&bench, 0x3000), None);
     assert_eq!(target(&bench, 0x1_0000_0000), Some(0), "found by its guest address");
     assert_eq!(changes(&mut bench), ["remove 2", "generation 2"]);
@@ -759,6 +759,23 @@ fn what_is_no_back_end_channel_is_refused_and_the_old_one_stays() {
     assert!(!bench.actions.iter().any(|action| matches!(action, Action::UseBackEndChannel(_))));
     bench.miss(0, 0, 1, 0x9000, 16, RW);
     assert_eq!(bench.messages().len(), 1);
+}
+
+#[test]
+fn what_is_no_event_descriptor_is_refused_for_a_ring() {
+    let (mut bench, fd) = started();
+    // A copy of the front-end's own end would keep the connection open for ever.
+    let (stream, _other) = std::os::unix::net::UnixStream::pair().expect("a pair");
+    for bad in [fd, OwnedFd::from(stream)] {
+        let again = || VringFd { index: 0, fd: Some(bad.try_clone().expect("duplicated")) };
+        assert_eq!(bench.value(Request::SetVringKick(again())), 1);
+        assert_eq!(bench.value(Request::SetVringCall(again())), 1);
+        assert_eq!(bench.value(Request::SetVringErr(again())), 1);
+    }
+    assert!(!bench.actions.iter().any(|action| matches!(action, Action::QueueDescriptors { .. })));
+    assert_eq!(record(&bench, 0), (true, false), "the ring goes on with what it had");
+    let [kick, ..] = bench.device.queue_descriptors(0);
+    assert!(kick.is_some());
 }
 
 #[test]

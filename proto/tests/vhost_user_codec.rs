@@ -135,6 +135,20 @@ fn qemu_sends_a_descriptor_with_rem_mem_reg() {
 }
 
 #[test]
+fn the_mmap_offset_of_a_region_that_goes_means_nothing() {
+    for mmap_offset in [0x123, u64::MAX] {
+        let payload = [vec![0; 8], region_bytes(MemoryRegion { mmap_offset, ..REGION })].concat();
+        let header = Header::request(RequestCode::RemMemReg.number(), 40, true);
+        let gone = match decode(header, &payload, fds(0)) {
+            Ok(Request::RemMemReg(region)) => region,
+            other => panic!("{mmap_offset:#x}: {other:?}"),
+        };
+        assert_eq!((gone.guest_address, gone.size), (REGION.guest_address, REGION.size));
+        assert_eq!(gone.user_address, REGION.user_address);
+    }
+}
+
+#[test]
 fn unpadded_inflight_is_taken() {
     let header = Header::request(RequestCode::GetInflightFd.number(), 20, false);
     let payload = [0u64.to_ne_bytes(), 0u64.to_ne_bytes()].concat();

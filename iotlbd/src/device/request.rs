@@ -8,6 +8,7 @@ use iotlb_proto::vhost_user::{
     DecodeError, Header, IotlbKind, Request, RequestCode, VringAddress, VringFd, VringState,
 };
 
+use rustix::fs::{FileType, fstat};
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
 
@@ -44,6 +45,8 @@ pub(super) enum RequestError {
     Status(u64),
     #[error("the descriptor of the back-end channel is not a connected unix stream socket")]
     Channel,
+    #[error("the descriptor for ring {0} is no event descriptor")]
+    NoEvent(u8),
     #[error("{0} is not served")]
     NotServed(&'static str),
     #[error("request {0} is unknown")]
@@ -55,6 +58,13 @@ fn is_channel(fd: &OwnedFd) -> bool {
     socket_domain(fd) == Ok(AddressFamily::UNIX)
         && socket_type(fd) == Ok(SocketType::STREAM)
         && socket_acceptconn(fd) == Ok(false)
+}
+
+/// Whether `fd` can be a kick, a call or an error descriptor. Those are kept, and handed on to workers: a socket or a
+/// file would be written to, and a copy of the front-end's own end would keep its connection open when it is gone.
+fn is_event_descriptor(fd: &OwnedFd) -> bool {
+    // Event descriptors share an inode without a file type.
+    fstat(fd).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Unknown)
 }
 
 /// What comes of a request.
@@ -189,7 +199,7 @@ impl Device {
             Request::SetVringBase(state) => self.set_vring_base(state),
             Request::GetVringBase { index } => self.get_vring_base(header, index),
             Request::SetVringKick(kick) => {
-                let index = self.ring(u32::from(kick.index))?;
+                let index = self.ring_of(&kick)?;
                 if let Some(ring) = self.rings.get_mut(index) {
                     ring.kick = kick.fd.map_or(Kick::Polled, Kick::Fd);
                 }
@@ -197,22 +207,22 @@ impl Device {
                 self.actions.push_back(Action::QueueDescriptors { queue, call_changed: false });
                 self.start_ring(index, due)
             }
-            Request::SetVringCall(VringFd { index, fd }) => {
-                let at = self.ring(u32::from(index))?;
+            Request::SetVringCall(call) => {
+                let at = self.ring_of(&call)?;
                 if let Some(ring) = self.rings.get_mut(at) {
-                    ring.call = fd;
+                    ring.call = call.fd;
                 }
                 // No reply is due, so the old descriptor may have been signalled after the front-end looked at it last:
                 // the worker signals the new one once.
-                self.actions.push_back(Action::QueueDescriptors { queue: u16::from(index), call_changed: true });
+                self.actions.push_back(Action::QueueDescriptors { queue: u16::from(call.index), call_changed: true });
                 Ok(Outcome::Ack)
             }
-            Request::SetVringErr(VringFd { index, fd }) => {
-                let at = self.ring(u32::from(index))?;
+            Request::SetVringErr(err) => {
+                let at = self.ring_of(&err)?;
                 if let Some(ring) = self.rings.get_mut(at) {
-                    ring.err = fd;
+                    ring.err = err.fd;
                 }
-                self.actions.push_back(Action::QueueDescriptors { queue: u16::from(index), call_changed: false });
+                self.actions.push_back(Action::QueueDescriptors { queue: u16::from(err.index), call_changed: false });
                 Ok(Outcome::Ack)
             }
             Request::SetVringEnable(state) => {
@@ -295,6 +305,15 @@ impl Device {
         match usize::try_from(index) {
             Ok(at) if at < self.rings.len() => Ok(at),
             _ => Err(RingError::NoSuchRing(index).into()),
+        }
+    }
+
+    /// The ring that a descriptor is for, if it is fit for one.
+    fn ring_of(&self, descriptor: &VringFd) -> Result<usize, RequestError> {
+        let at = self.ring(u32::from(descriptor.index))?;
+        match &descriptor.fd {
+            Some(fd) if !is_event_descriptor(fd) => Err(RequestError::NoEvent(descriptor.index)),
+            _ => Ok(at),
         }
     }
 

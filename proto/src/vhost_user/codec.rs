@@ -214,6 +214,16 @@ fn reply_fields<const N: usize>(request: u32, header: Header, payload: &[u8]) ->
     Ok(Fields::new(payload))
 }
 
+/// A description of a region as it stands there.
+fn region(fields: &mut Fields<'_>) -> MemoryRegion {
+    MemoryRegion {
+        guest_address: fields.u64(),
+        size: fields.u64(),
+        user_address: fields.u64(),
+        mmap_offset: fields.u64(),
+    }
+}
+
 /// A message whose request number is known.
 struct Message<'a> {
     request: RequestCode,
@@ -272,7 +282,7 @@ impl<'a> Message<'a> {
             }
             Code::RemMemReg => {
                 // The specification lets a front-end send the region's descriptor along, and discourages it.
-                let region = self.single_region()?;
+                let region = self.region_that_goes()?;
                 self.optional_fd()?;
                 Ok(Request::RemMemReg(region))
             }
@@ -324,21 +334,30 @@ impl<'a> Message<'a> {
     }
 
     fn region(&self, index: usize, fields: &mut Fields<'_>) -> Result<MemoryRegion, DecodeError> {
-        let region = MemoryRegion {
-            guest_address: fields.u64(),
-            size: fields.u64(),
-            user_address: fields.u64(),
-            mmap_offset: fields.u64(),
-        };
+        self.checked(index, region(fields))
+    }
+
+    fn checked(&self, index: usize, region: MemoryRegion) -> Result<MemoryRegion, DecodeError> {
         region.check().map_err(|source| DecodeError::Region { request: self.request, index, source })?;
         Ok(region)
     }
 
     fn single_region(&self) -> Result<MemoryRegion, DecodeError> {
+        self.checked(0, self.region_alone()?)
+    }
+
+    /// A region by its name, which is where it lies and how large it is: the specification has the mmap offset ignored.
+    fn region_that_goes(&self) -> Result<MemoryRegion, DecodeError> {
+        let region = self.region_alone()?;
+        self.checked(0, MemoryRegion { mmap_offset: 0, ..region })?;
+        Ok(region)
+    }
+
+    fn region_alone(&self) -> Result<MemoryRegion, DecodeError> {
         let size = REGION_PREFIX_LEN + REGION_LEN;
         let mut fields = self.payload_size(size, size)?;
         fields.u64();
-        self.region(0, &mut fields)
+        Ok(region(&mut fields))
     }
 
     fn memory_table(mut self) -> Result<Request, DecodeError> {
