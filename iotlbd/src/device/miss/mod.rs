@@ -255,7 +255,13 @@ impl Misses {
             if waiter.deadline_ns > now_ns {
                 break;
             }
-            self.finish(id, Answer::TimedOut, actions);
+            let Some(waiter) = self.finish(id, Answer::TimedOut, actions) else { continue };
+            for page in waiter.open.iter() {
+                // Without replies a refusal is not heard. Whoever else waits for the page would never be asked for.
+                if self.flights.land_silently(page) {
+                    self.requeue(page);
+                }
+            }
         }
     }
 
@@ -526,8 +532,9 @@ impl Misses {
         }
     }
 
-    fn finish(&mut self, id: u64, answer: Answer, actions: &mut VecDeque<Action>) {
-        let Some(waiter) = self.remove_waiter(id) else { return };
+    /// Answers a waiter and forgets it.
+    fn finish(&mut self, id: u64, answer: Answer, actions: &mut VecDeque<Action>) -> Option<Waiter> {
+        let waiter = self.remove_waiter(id)?;
         match waiter.cell {
             Some((worker, cell, ticket)) => {
                 actions.push_back(Action::AnswerMiss { worker, cell, ticket, answer });
@@ -537,5 +544,6 @@ impl Misses {
             }
             None => {}
         }
+        Some(waiter)
     }
 }

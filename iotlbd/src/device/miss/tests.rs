@@ -109,6 +109,25 @@ fn a_long_batch_asks_for_replies_on_the_way() {
     assert_eq!(misses.flights.due().len(), batch.len() - REPLY_EVERY, "one reply frees the places of all before it");
 }
 
+#[test]
+fn without_replies_a_page_is_asked_for_again_when_somebody_has_waited_in_vain() {
+    let (pages, mut actions) = (Pages::default(), VecDeque::new());
+    let mut misses = Misses::new(400);
+    let half_ns = misses.timeout_ns / 2;
+    // Two that ask again after each time-out, half of one apart: somebody waits for the page at any time.
+    let mut asked = Vec::new();
+    for turn in 0..6 {
+        let now_ns = turn * half_ns;
+        misses.tick(now_ns, &mut actions);
+        let cell = u16::try_from(turn % 2).expect("small");
+        let mut around = Surroundings { replies: false, now_ns, ..around(&pages, &mut actions) };
+        misses.post(WorkerId(0), cell, request(0, 0, 4096, Access::READ), now_ns, &mut around);
+        misses.pump(&mut around);
+        asked.push(sent(&mut actions).len());
+    }
+    assert_eq!(asked, [1, 0, 1, 1, 1, 1]);
+}
+
 fn around<'a>(table: &'a Pages, actions: &'a mut VecDeque<Action>) -> Surroundings<'a, Pages> {
     Surroundings { table, actions, replies: true, now_ns: 0 }
 }
