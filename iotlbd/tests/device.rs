@@ -243,6 +243,32 @@ fn what_cannot_be_reached_is_refused_and_supersedes_what_was_there() {
 }
 
 #[test]
+fn ring_pages_that_cannot_be_reached_are_not_asked_for_on_and_on() {
+    let (mut bench, _fd) = bench();
+    bench.start_ring(0, DESC, AVAIL, USED);
+    // Each page is answered, and always with memory outside every region.
+    let mut asked = 0;
+    loop {
+        let messages = bench.messages();
+        if messages.is_empty() {
+            break;
+        }
+        for (miss, need_reply) in messages {
+            asked += 1;
+            assert!(asked < 100, "it never ends");
+            assert_eq!(bench.update(miss.iova & !4095, 4096, USER + (1 << 40), RW), 1);
+            if need_reply {
+                bench.event(Event::MissReply { value: 0 });
+            }
+        }
+    }
+    // What was there and is replaced by such a page is asked for anew.
+    assert_eq!(bench.update(DESC, 4096, USER, RW), 0);
+    assert_eq!(bench.update(DESC, 4096, USER + (1 << 40), RW), 1);
+    assert!(bench.messages().iter().any(|(miss, _)| miss.iova == DESC));
+}
+
+#[test]
 fn nonsense_is_refused() {
     let (mut bench, _fd) = started();
     let before = bench.device.table().stats().entries;

@@ -9,7 +9,9 @@ use iotlb_proto::iova::IovaRange;
 use iotlb_proto::vhost_user::{IotlbKind, IotlbMessage};
 
 use super::machine::Device;
+use super::miss::pages_of;
 use super::request::RequestError;
+use super::ring::Ring;
 use super::take::{Due, Job, Part};
 
 impl Device {
@@ -65,10 +67,18 @@ impl Device {
         if self.may_complain() {
             tracing::warn!(?message, "UPDATE names memory outside the memory table, or no permission");
         }
-        job.ask_rings = true;
+        // Only what was there: else ring pages that are always refused are asked for on and on, for each other's sake.
+        job.ask_rings = self.holds_ring_page(IovaRange::from_invalidate(message.iova, message.size));
         if let Due::Number { request, .. } = job.due {
             job.due = Due::Number { request, value: 1 };
         }
+    }
+
+    /// Whether the table has a page of a started ring in `range`.
+    fn holds_ring_page(&self, range: IovaRange) -> bool {
+        let areas = self.rings.iter().filter_map(Ring::areas).flatten();
+        let mut pages = areas.filter_map(|(area, _)| area.intersection(range)).flat_map(pages_of);
+        pages.any(|page| self.table.lookup(page).is_some())
     }
 
     fn invalidate(&mut self, message: &IotlbMessage, due: Due) -> Job {

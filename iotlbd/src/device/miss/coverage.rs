@@ -41,7 +41,7 @@ pub(in crate::device) fn coverage(table: &impl Translations, range: IovaRange, a
 }
 
 /// The first bytes of the pages `range` touches.
-pub(super) fn pages_of(range: IovaRange) -> impl Iterator<Item = u64> {
+pub(in crate::device) fn pages_of(range: IovaRange) -> impl Iterator<Item = u64> {
     let first = range.first() & !PAGE_MASK;
     let count = (range.page_aligned().len_minus_one()) / PAGE_SIZE;
     // `first + n * PAGE_SIZE` lies within `range.page_aligned()`, so it cannot wrap.

@@ -24,8 +24,7 @@ use iotlb_proto::worker::{Answer, MissRequest};
 use smallvec::{SmallVec, smallvec};
 
 use super::{Action, WorkerId};
-use coverage::pages_of;
-pub(super) use coverage::{Coverage, Translations, coverage};
+pub(super) use coverage::{Coverage, Translations, coverage, pages_of};
 use flights::{Flight, Flights, IN_FLIGHT_MAX};
 use open::OpenPages;
 use pages::{Interest, PageMiss, PageMisses, State};
