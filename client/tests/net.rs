@@ -2,7 +2,8 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::UdpSocket;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -14,6 +15,7 @@ use iotlb_proto::table::QueueRecord;
 use iotlb_proto::vhost_user::features::virtio;
 use iotlb_proto::worker::Answer;
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
+use support::namespace::{bring_up_with_addresses, in_a_namespace, ip, queues};
 use support::{Daemon, Memory, Next, PATIENCE, eventfd, take_count, wait_readable, wait_until};
 
 const FEATURES: u64 =
@@ -89,6 +91,7 @@ struct Stage {
     bells: [Bells; 2],
     pages: BTreeMap<u64, u64>,
     avail: [u16; 2],
+    session: u64,
 }
 
 impl Stage {
@@ -108,7 +111,8 @@ impl Stage {
         assert!(matches!(daemon.receive().0, WorkerMessage::Hello(_)));
         daemon.send(&DaemonMessage::Welcome(daemon.welcome()), &daemon.welcome_fds());
         daemon.add_region(1, 0, &memory);
-        let mut stage = Stage { daemon, memory, bells: [Bells::new(), Bells::new()], pages, avail: [0; 2] };
+        let bells = [Bells::new(), Bells::new()];
+        let mut stage = Stage { daemon, memory, bells, pages, avail: [0; 2], session: 0 };
         stage.start_rings();
         stage.serve_misses();
         let generation = stage.daemon.table().bump_memory_map();
@@ -120,9 +124,12 @@ impl Stage {
                 WorkerMessage::ClaimQueues { claim, queues } => {
                     assert_eq!(queues, wanted);
                     claimed = true;
-                    for (queue, bells) in (0..).zip(&stage.bells).filter(|(queue, _)| wanted.contains(queue)) {
-                        let lease = QueueLease { queue, claim, kick: true, call: true, err: true };
-                        stage.daemon.send(&DaemonMessage::Lease(lease), &bells.fds());
+                    for queue in wanted.iter().copied() {
+                        // Of a ring that is never started nobody has a bell.
+                        let fds = stage.bells.get(usize::from(queue)).map_or(Vec::new(), |bells| bells.fds().into());
+                        let here = !fds.is_empty();
+                        let lease = QueueLease { queue, claim, kick: here, call: here, err: here };
+                        stage.daemon.send(&DaemonMessage::Lease(lease), &fds);
                     }
                 }
                 other => panic!("unexpected {other:?}"),
@@ -132,23 +139,29 @@ impl Stage {
     }
 
     fn start_rings(&mut self) {
-        let mut table = self.daemon.table();
-        let session_generation = table.bump_session();
-        table.set_acked_features(FEATURES);
-        table.set_running(true);
-        for (queue, base) in (0..).zip(RINGS) {
-            let record = QueueRecord {
-                started: true,
-                enabled: true,
-                size: SIZE,
-                desc: base,
-                avail: base + AVAIL,
-                used: base + USED,
-                base: 0,
-                session_generation,
-            };
-            table.publish_queue(queue, &record);
+        {
+            let mut table = self.daemon.table();
+            self.session = table.bump_session();
+            table.set_acked_features(FEATURES);
+            table.set_running(true);
         }
+        self.set_ring(0, true);
+        self.set_ring(1, true);
+    }
+
+    fn set_ring(&mut self, queue: u16, enabled: bool) {
+        let base = RINGS[usize::from(queue)];
+        let record = QueueRecord {
+            started: true,
+            enabled,
+            size: SIZE,
+            desc: base,
+            avail: base + AVAIL,
+            used: base + USED,
+            base: 0,
+            session_generation: self.session,
+        };
+        self.daemon.table().publish_queue(queue, &record);
     }
 
     fn serve_misses(&self) {
@@ -243,6 +256,24 @@ impl Stage {
             // The driver re-arms, then looks again.
             self.write(RINGS[0] + AVAIL + 4 + 2 * u64::from(SIZE), &self.used_index(0).to_le_bytes());
             self.used_index(0) == index
+        });
+    }
+
+    /// The ports that flows of [`send_flows`] went to and of which the guest received something.
+    fn flows(&self) -> BTreeSet<u16> {
+        let udp = |index| {
+            let frame = self.received(index);
+            let ours = frame[12..14] == [8, 0] && frame[23] == 17;
+            ours.then(|| u16::from_be_bytes([frame[36], frame[37]]))
+        };
+        (0..self.used_index(0)).filter_map(udp).collect()
+    }
+
+    fn wait_flows(&self, wanted: &BTreeSet<u16>) {
+        wait_until("all flows", || {
+            let flows = self.flows();
+            assert!(self.used_index(0) < SIZE, "too many packets");
+            flows == *wanted
         });
     }
 
@@ -405,40 +436,20 @@ fn half_a_pair_cannot_echo() {
     assert!(!output.status.success() && log.contains("--queues has 1 without 0"), "{log}");
 }
 
-/// Set in the copy of a test that runs in a namespace.
-const INSIDE: &str = "IOTLB_NET_TEST_INSIDE";
-
-/// Runs the test again, alone, in a network namespace of its own; `true` in there. As a user, or where the kernel has
-/// no TAP, there is nothing to run; as root with a TAP device, not getting a namespace is a failure.
-fn in_a_namespace(test: &str) -> bool {
-    if std::env::var_os(INSIDE).is_some() {
-        return true;
-    }
-    if !nix::unistd::geteuid().is_root() || !std::path::Path::new("/dev/net/tun").exists() {
-        eprintln!("{test}: needs root and /dev/net/tun");
-        return false;
-    }
-    let output = Command::new("unshare")
-        .args(["-n", "timeout", "120"])
-        .arg(std::env::current_exe().expect("a test binary has a path"))
-        .args(["--exact", test, "--nocapture", "--test-threads=1"])
-        .env(INSIDE, "1")
-        .stdin(Stdio::null())
-        .output()
-        .expect("unshare and timeout are part of every Linux");
-    let text = String::from_utf8_lossy(&output.stdout);
-    let ran = text.contains("1 passed");
-    assert!(output.status.success() && ran, "{text}{}", String::from_utf8_lossy(&output.stderr));
-    false
-}
-
 /// An EtherType for experiments, big endian.
 const TYPE: u16 = 0x88b5;
 
+/// Sends a packet to each of these ports: the kernel takes each for a flow.
+fn send_flows(ports: &BTreeSet<u16>) {
+    let socket = UdpSocket::bind("10.9.8.1:0").expect("our address");
+    for port in ports {
+        socket.send_to(b"to the guest", ("10.9.8.2", *port)).expect("sent");
+    }
+}
+
 /// The host's end of a TAP, for frames of our type.
 fn host_end(name: &str) -> OwnedFd {
-    let status = Command::new("ip").args(["link", "set", name, "up"]).status().expect("iproute2 is installed");
-    assert!(status.success());
+    ip(&format!("link set {name} up"));
     let socket = socket::socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)
         .expect("root may open packet sockets");
     let index = nix::net::if_::if_nametoindex(name).expect("the TAP exists");
@@ -466,12 +477,13 @@ fn two_processes_serve_one_guest_over_one_tap() {
     let memory = Memory::new(PAGES * PAGE_SIZE);
     let shared = Memory { fd: memory.fd.try_clone().expect("a descriptor"), size: memory.size };
     let (rx_socket, tx_socket) = (Socket::new(), Socket::new());
-    // The one that only sends comes first: its queue is detached, and the other still gets all packets.
+    // The one that only sends comes first: its queue stays detached, and the other still gets all packets.
     let tx_worker = tx_socket.worker(&["--queues", "1", "--tap", "tap0"]);
     let mut tx = Stage::attach_part(&tx_socket, shared, &[1]);
     let rx_worker = rx_socket.worker(&["--queues", "0", "--tap", "tap0"]);
     let mut rx = Stage::attach_part(&rx_socket, memory, &[0]);
     let host = host_end("tap0");
+    wait_until("the receiver's queue", || queues("tap0") == (1, 1));
 
     rx.post_receive_buffers(100);
     let mut seen = 0;
@@ -499,4 +511,57 @@ fn two_processes_serve_one_guest_over_one_tap() {
     }
     terminate(tx_worker);
     terminate(rx_worker);
+}
+
+#[test]
+fn a_pair_whose_rings_are_not_started_attracts_no_flow() {
+    if !in_a_namespace("a_pair_whose_rings_are_not_started_attracts_no_flow") {
+        return;
+    }
+    let socket = Socket::new();
+    // A guest that knows one pair only, and a worker that serves two.
+    let worker = socket.worker(&["--queues", "0,1,2,3", "--tap", "tap0"]);
+    let mut stage = Stage::attach_part(&socket, Memory::new(PAGES * PAGE_SIZE), &[0, 1, 2, 3]);
+    stage.post_receive_buffers(SIZE.into());
+    bring_up_with_addresses("tap0");
+    wait_until("a queue", || queues("tap0").0 > 0);
+    let mut flows: BTreeSet<u16> = (1000..1050).collect();
+    send_flows(&flows);
+    stage.wait_flows(&flows);
+
+    // The guest takes its ring out of service for a while. What comes meanwhile is not for it.
+    stage.set_ring(0, false);
+    wait_until("no queue", || queues("tap0") == (0, 2));
+    send_flows(&(2000..2010).collect());
+    stage.set_ring(0, true);
+    wait_until("a queue", || queues("tap0") == (1, 1));
+    let more = (3000..3020).collect();
+    send_flows(&more);
+    flows.extend(more);
+    stage.wait_flows(&flows);
+    terminate(worker);
+}
+
+#[test]
+fn a_process_that_waits_for_its_daemon_attracts_no_flow() {
+    if !in_a_namespace("a_process_that_waits_for_its_daemon_attracts_no_flow") {
+        return;
+    }
+    let (socket, deaf) = (Socket::new(), Socket::new());
+    socket::shutdown(deaf.listener.as_raw_fd(), socket::Shutdown::Both).expect("refuses connections from here on");
+    let waiting = deaf.worker(&["--queues", "0,1", "--tap", "tap0", "--reconnect"]);
+    let worker = socket.worker(&["--queues", "0,1", "--tap", "tap0", "--reconnect"]);
+    let mut stage = Stage::attach(&socket);
+    stage.post_receive_buffers(SIZE.into());
+    wait_until("both", || matches!(queues("tap0"), (attached, detached) if attached > 0 && attached + detached == 2));
+    bring_up_with_addresses("tap0");
+    let flows = (1000..1050).collect();
+    send_flows(&flows);
+    stage.wait_flows(&flows);
+
+    stage.daemon.kill();
+    stage.daemon.socket = None;
+    wait_until("the end of the attachment", || queues("tap0") == (0, 2));
+    terminate(waiting);
+    terminate(worker);
 }

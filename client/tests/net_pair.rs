@@ -1,18 +1,22 @@
-//! When a pair wants to be served again. The test plays the daemon and the guest by hand, in one thread.
+//! When a pair wants to be served again, and when its port takes packets. The test plays the daemon and the guest by
+//! hand, in one thread.
 
 mod support;
 
+use std::net::UdpSocket;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use iotlb_client::net::echo::Echo;
 use iotlb_client::net::lane::Lane;
 use iotlb_client::net::pair::{Next, Pair, Port};
+use iotlb_client::net::tap::{Direction, Tap};
 use iotlb_client::{Access, Attachment, Reader};
 use iotlb_proto::control::{DaemonMessage, QueueLease, WorkerMessage};
 use iotlb_proto::iova::PAGE_SIZE;
 use iotlb_proto::table::QueueRecord;
 use iotlb_proto::vhost_user::features::virtio;
+use support::namespace::{bring_up_with_addresses, in_a_namespace, queues};
 use support::{Daemon, Memory, PATIENCE_MS, eventfd, wait_until};
 
 const FEATURES: u64 = virtio::VERSION_1 | virtio::ACCESS_PLATFORM | virtio::NET_MRG_RXBUF;
@@ -33,37 +37,44 @@ fn base(queue: u16) -> u64 {
     4 * PAGE_SIZE * u64::from(queue)
 }
 
-/// Both rings of a pair over the neighbour that answers by itself; everything is mapped.
+/// Both rings of a pair; everything is mapped.
 struct Stage {
     daemon: Daemon,
     memory: Memory,
     attachment: Attachment,
     reader: Reader,
     pair: Pair,
+    session: u64,
 }
 
 impl Stage {
     /// `kick`: the descriptor of each ring, if it has one.
-    fn new(kick: [Option<&OwnedFd>; 2]) -> Stage {
+    fn new(port: Port, kick: [Option<&OwnedFd>; 2]) -> Stage {
         let (daemon, memory, attachment) = Daemon::with_memory(8);
         daemon.map(0, 8 * PAGE_SIZE, 0, Access::READ_WRITE);
-        let mut pair = Pair::new(Port::Echo(Echo::new([2; 6], None)));
+        let mut pair = Pair::new(port);
         lease(&daemon, &attachment, kick, &mut pair);
         let reader = attachment.reader().expect("a reader");
-        let mut stage = Stage { daemon, memory, attachment, reader, pair };
-        let session = stage.daemon.table().bump_session();
-        stage.set_ring(RX, true, session);
-        stage.set_ring(TX, true, session);
-        stage.daemon.table().set_acked_features(FEATURES);
-        stage.daemon.table().set_running(true);
-        wait_until("both rings", || {
-            stage.serve();
-            stage.pair.ready()
-        });
+        let mut stage = Stage { daemon, memory, attachment, reader, pair, session: 0 };
+        stage.start();
         stage
     }
 
-    fn set_ring(&mut self, queue: u16, enabled: bool, session_generation: u64) {
+    /// The guest boots.
+    fn start(&mut self) {
+        self.session = self.daemon.table().bump_session();
+        self.set_ring(RX, true);
+        self.set_ring(TX, true);
+        self.daemon.table().set_acked_features(FEATURES);
+        self.daemon.table().set_running(true);
+        wait_until("both rings", || {
+            self.serve();
+            self.pair.ready()
+        });
+    }
+
+    fn set_ring(&mut self, queue: u16, enabled: bool) {
+        let session_generation = self.session;
         let [desc, avail, used] = [0, AVAIL, USED].map(|table| base(queue) + table);
         let record = QueueRecord { started: true, enabled, size: SIZE, desc, avail, used, base: 0, session_generation };
         self.daemon.table().publish_queue(queue, &record);
@@ -112,7 +123,7 @@ fn a_polled_ring_is_polled_while_a_packet_waits_for_a_buffer() {
     // A packet is given up in the end, and a test may be held up for longer: then it begins again.
     wait_until("a packet that was not given up", || {
         // The ring that receives has no kick descriptor, so that a buffer posted later rings no bell.
-        let mut stage = Stage::new([None, Some(&kick)]);
+        let mut stage = Stage::new(Port::Echo(Echo::new([2; 6], None)), [None, Some(&kick)]);
         stage.send_question();
         wait_until("the question", || {
             stage.serve();
@@ -131,4 +142,79 @@ fn a_polled_ring_is_polled_while_a_packet_waits_for_a_buffer() {
         assert_eq!(figures.received + figures.dropped, 1);
         figures.received == 1
     });
+}
+
+/// The port of a pair that receives and sends.
+fn tap() -> Port {
+    Port::Tap(Tap::open("tap0", Direction::Both).expect("root may"))
+}
+
+#[test]
+fn a_ring_that_comes_and_goes_has_its_queue_attached_only_so_often() {
+    if !in_a_namespace("a_ring_that_comes_and_goes_has_its_queue_attached_only_so_often") {
+        return;
+    }
+    let kicks = [eventfd(), eventfd()];
+    let mut stage = Stage::new(tap(), kicks.each_ref().map(Some));
+    assert_eq!(queues("tap0"), (1, 0));
+    // Again and again, until it was sooner than allowed.
+    wait_until("a pause", || {
+        stage.set_ring(RX, false);
+        stage.serve();
+        stage.set_ring(RX, true);
+        assert_eq!(stage.serve(), Next::Now, "the ring has started");
+        matches!(stage.serve(), Next::At(_))
+    });
+    assert_eq!(queues("tap0"), (0, 1));
+    wait_until("the queue", || {
+        stage.serve();
+        queues("tap0") == (1, 0)
+    });
+}
+
+#[test]
+fn a_packet_does_not_wait_for_a_ring_that_is_out_of_service() {
+    if !in_a_namespace("a_packet_does_not_wait_for_a_ring_that_is_out_of_service") {
+        return;
+    }
+    let kicks = [eventfd(), eventfd()];
+    let mut stage = Stage::new(tap(), kicks.each_ref().map(Some));
+    bring_up_with_addresses("tap0");
+    let host = UdpSocket::bind("10.9.8.1:0").expect("our address");
+    host.send_to(b"to the guest", "10.9.8.2:9").expect("sent");
+    stage.pair.port_event(true, false);
+    // There is no buffer yet.
+    assert!(matches!(stage.serve(), Next::At(_) | Next::Now));
+    stage.set_ring(RX, false);
+    stage.serve();
+    assert_eq!(stage.pair.figures().dropped, 1);
+    assert_eq!(queues("tap0"), (0, 1));
+}
+
+#[test]
+fn what_the_tap_holds_for_one_guest_is_not_for_the_next() {
+    if !in_a_namespace("what_the_tap_holds_for_one_guest_is_not_for_the_next") {
+        return;
+    }
+    let kicks = [eventfd(), eventfd()];
+    let mut stage = Stage::new(tap(), kicks.each_ref().map(Some));
+    bring_up_with_addresses("tap0");
+    let host = UdpSocket::bind("10.9.8.1:0").expect("our address");
+    let send = |text: &[u8]| host.send_to(text, "10.9.8.2:9").expect("sent");
+    send(b"for the first");
+
+    stage.start();
+    wait_until("the queue", || {
+        stage.serve();
+        queues("tap0") == (1, 0)
+    });
+    send(b"for the second");
+    stage.post(RX, 2048, WRITE);
+    stage.pair.port_event(true, false);
+    wait_until("a packet", || {
+        stage.serve();
+        stage.pair.figures().received == 1
+    });
+    // Two headers: virtio has 12 bytes, Ethernet, IPv4 and UDP 42.
+    assert_eq!(stage.memory.peek(base(RX) + BUFFER + 12 + 42, 14), b"for the second");
 }

@@ -19,6 +19,10 @@ use crate::Reader;
 /// something, so a large packet in front of a small ring must not wait for ever.
 const RX_WAIT_MAX: Duration = Duration::from_millis(200);
 
+/// Time between two attachments of the TAP's queue. Each takes a lock that all network devices of the host share, and
+/// a guest may have its ring come and go as often as it likes.
+const ATTACH_PAUSE: Duration = Duration::from_millis(50);
+
 /// Where packets come from and go to.
 #[derive(Debug)]
 pub enum Port {
@@ -66,6 +70,8 @@ pub struct Pair {
     /// The TAP had something to read, or room, when last asked. Edges from epoll set them.
     readable: bool,
     writable: bool,
+    /// When the TAP's queue was last attached.
+    attached: Option<Instant>,
     session: Option<u64>,
     scratch: Vec<u8>,
     figures: Figures,
@@ -116,6 +122,7 @@ impl Pair {
             from_guest: Backlog::default(),
             readable: true,
             writable: true,
+            attached: None,
             session: None,
             scratch: vec![0; PACKET_MAX],
             figures: Figures::default(),
@@ -128,7 +135,7 @@ impl Pair {
         *place = Some(lane);
     }
 
-    /// Gives up the queues, for a new attachment. The port stays.
+    /// Gives up the queues, for a new attachment. The port stays, and takes no packets until then.
     pub fn detach(&mut self) {
         self.rx = None;
         self.tx = None;
@@ -177,6 +184,7 @@ impl Pair {
         self.follow_session(reader)?;
         let mut next = self.read_port()?;
         next = next.earlier(self.serve_rx(reader, segment)?);
+        next = next.earlier(self.follow_ring()?);
         self.write_port()?;
         next = next.earlier(self.serve_tx(reader, segment)?);
         self.write_port()?;
@@ -223,11 +231,42 @@ impl Pair {
         Ok(())
     }
 
-    fn clear(&mut self) {
-        self.figures.dropped += (self.to_guest.clear() + self.from_guest.clear()) as u64;
+    /// Attaches the TAP's queue while the guest takes packets from it, and only then: the kernel sends a share of the
+    /// flows to each attached queue, also when another one is the only one that is served.
+    fn follow_ring(&mut self) -> Result<Next, PairError> {
+        let Port::Tap(tap) = &mut self.port else { return Ok(Next::Event) };
+        if !self.rx.as_ref().is_some_and(Lane::ready) {
+            if tap.detach() {
+                // As the kernel does with what it holds. It would be old when the ring is ready again.
+                self.figures.dropped += self.to_guest.clear() as u64;
+            }
+            return Ok(Next::Event);
+        }
+        if tap.attached() {
+            return Ok(Next::Event);
+        }
+        let now = Instant::now();
+        if let Some(soonest) = self.attached.map(|last| last + ATTACH_PAUSE)
+            && now < soonest
+        {
+            return Ok(Next::At(soonest));
+        }
+        tap.attach()?;
+        self.attached = Some(now);
+        // The next round looks, whatever edges there were.
+        self.readable = true;
+        Ok(Next::Now)
     }
 
-    /// TAP to backlog, while the guest takes packets; else they wait in the kernel, which bounds them.
+    /// Drops the packets of a guest that is gone, also those that wait in the kernel.
+    fn clear(&mut self) {
+        self.figures.dropped += (self.to_guest.clear() + self.from_guest.clear()) as u64;
+        if let Port::Tap(tap) = &mut self.port {
+            tap.detach();
+        }
+    }
+
+    /// TAP to backlog, while the guest takes packets. What finds no room waits in the kernel, which bounds it.
     fn read_port(&mut self) -> Result<Next, PairError> {
         let Port::Tap(tap) = &mut self.port else { return Ok(Next::Event) };
         if !self.rx.as_ref().is_some_and(Lane::ready) {

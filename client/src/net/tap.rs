@@ -1,8 +1,10 @@
 //! A queue of a TAP device.
 //!
-//! Workers of one guest share a multi-queue TAP: each opens a queue of its own. A worker that serves guest TX only must
-//! not attract packets for the guest, which it could not deliver. It **detaches** its queue (`TUNSETQUEUE`): the
-//! kernel then steers nothing to it, while writes go on as before.
+//! Workers of one guest share a multi-queue TAP: each opens a queue of its own for each pair. The kernel spreads flows
+//! over all queues that are *attached*. A queue that nobody reads must not be one of them: its share of the flows would
+//! be lost. So a queue is **detached** (`TUNSETQUEUE`) but for the time in which a guest's receive ring takes packets:
+//! the kernel steers nothing to it, while writes go on as before. Detaching drops what waits in the queue. Both need no
+//! right but the open descriptor; a security module may have a say in attaching.
 //!
 //! Header size and byte order belong to the device and are the same for all; offloads too, but they depend on what the
 //! guest acknowledged and concern only packets *for* the guest, so only workers that serve guest RX set them.
@@ -107,16 +109,27 @@ pub enum Written {
     Refused,
 }
 
+/// Whether the kernel steers packets to a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Steering {
+    Detached,
+    Attached,
+    /// Attached for good: the kernel did not detach the queue when it was asked to.
+    Fixed,
+}
+
 /// One queue; non-blocking.
 #[derive(Debug)]
 pub struct Tap {
     file: File,
     name: String,
     offloads: Option<u32>,
+    steering: Steering,
 }
 
 impl Tap {
-    /// Opens one more queue of device `name`, which is created when there is none and this process may.
+    /// Opens one more queue of device `name`, which is created when there is none and this process may. The queue is
+    /// detached.
     ///
     /// # Errors
     ///
@@ -153,12 +166,70 @@ impl Tap {
             Err(Errno::EINVAL) if cfg!(target_endian = "little") => {}
             other => drop(other.map_err(fail("TUNSETVNETLE"))?),
         }
-        if direction == Direction::FromGuest {
-            set_flags(&mut request, libc::IFF_DETACH_QUEUE);
-            // SAFETY: as for TUNSETIFF.
-            unsafe { ioctl::set_queue(fd, &raw const request) }.map_err(fail("TUNSETQUEUE"))?;
+        let mut tap = Tap { file, name: name.to_owned(), offloads: None, steering: Steering::Attached };
+        match direction {
+            Direction::Both => {
+                tap.detach();
+            }
+            // Never to be attached, so without this it is of no use.
+            Direction::FromGuest => {
+                tap.set_queue(libc::IFF_DETACH_QUEUE).map_err(fail("TUNSETQUEUE"))?;
+                tap.steering = Steering::Detached;
+            }
         }
-        Ok(Tap { file, name: name.to_owned(), offloads: None })
+        Ok(tap)
+    }
+
+    /// Whether the kernel steers packets to this queue.
+    #[must_use]
+    pub fn attached(&self) -> bool {
+        self.steering != Steering::Detached
+    }
+
+    /// Has the kernel steer packets to this queue. The queue is empty then, unless it was attached before.
+    ///
+    /// # Errors
+    ///
+    /// [`TapError::Step`].
+    pub fn attach(&mut self) -> Result<(), TapError> {
+        if !self.attached() {
+            self.set_queue(libc::IFF_ATTACH_QUEUE).map_err(|source| TapError::Step {
+                name: self.name.clone(),
+                step: "attaching the queue (TUNSETQUEUE)",
+                source,
+            })?;
+            self.steering = Steering::Attached;
+        }
+        Ok(())
+    }
+
+    /// Has the kernel steer nothing to this queue, and drop what waits in it. Where it refuses, the queue stays
+    /// attached from then on, and the log says so. Returns whether the queue was detached by this.
+    pub fn detach(&mut self) -> bool {
+        if self.steering == Steering::Attached {
+            self.steering = match self.set_queue(libc::IFF_DETACH_QUEUE) {
+                Ok(()) => Steering::Detached,
+                Err(source) => {
+                    tracing::warn!(
+                        tap = self.name,
+                        %source,
+                        "cannot detach a queue of the TAP: while no guest takes packets from it, flows that the kernel \
+                         steers to it are lost, also if another queue is served"
+                    );
+                    Steering::Fixed
+                }
+            };
+            return !self.attached();
+        }
+        false
+    }
+
+    fn set_queue(&self, flag: libc::c_int) -> Result<(), Errno> {
+        // The queue is that of the descriptor; the name is not looked at.
+        let mut request = empty_request();
+        set_flags(&mut request, flag);
+        // SAFETY: the request lives across the call, which only reads it; `self.file` keeps the descriptor open.
+        unsafe { ioctl::set_queue(self.file.as_raw_fd(), &raw const request) }.map(drop)
     }
 
     /// Lets the kernel hand out packets as large, and checksums as unfinished, as the guest can take.
@@ -245,12 +316,16 @@ fn request_for(name: &str) -> Result<libc::ifreq, TapError> {
     if name.is_empty() || name.len() >= NAME_SIZE || !name.bytes().all(plain) || name == "." || name == ".." {
         return Err(TapError::Name { name: name.to_owned() });
     }
-    // SAFETY: a C structure of numbers and addresses, for which zero is a value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let mut request = empty_request();
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = std::ffi::c_char::from_ne_bytes([from]);
     }
     Ok(request)
+}
+
+fn empty_request() -> libc::ifreq {
+    // SAFETY: a C structure of numbers and addresses, for which zero is a value.
+    unsafe { std::mem::zeroed() }
 }
 
 fn set_flags(request: &mut libc::ifreq, flags: libc::c_int) {

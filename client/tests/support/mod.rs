@@ -1,6 +1,8 @@
 //! A daemon made of the contract's own parts, driven by hand from a test.
 #![allow(dead_code, unreachable_pub)] // each test program uses its part
 
+pub mod namespace;
+
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, setsockopt, sockopt};
 
 use super::*;
+use crate::net::header::{FLAG_NEEDS_CSUM, Header};
 
 #[test]
 fn names_are_checked_before_the_kernel_sees_them() {
@@ -112,6 +113,7 @@ fn packets_go_both_ways() {
         tap.set_offloads(virtio::NET_GUEST_CSUM | virtio::NET_GUEST_TSO4).expect("every kernel has these");
         tap.set_offloads(u64::MAX).expect("falls back where the kernel is older");
         tap.set_offloads(0).expect("every kernel has none");
+        tap.attach().expect("detached");
         ip("link set tap0 up");
         let host = host_end("tap0");
         let hello = frame(1, b"from the guest");
@@ -170,6 +172,7 @@ fn a_queue_from_the_guest_only_attracts_nothing_and_still_sends() {
                 tx = Tap::open("tap0", Direction::FromGuest).expect("root may");
                 rx = Tap::open("tap0", Direction::Both).expect("a second queue");
             }
+            rx.attach().expect("detached");
             ip("link set tap0 up");
             let host = host_end("tap0");
             let mut got = [0; 200];
@@ -186,6 +189,76 @@ fn a_queue_from_the_guest_only_attracts_nothing_and_still_sends() {
                 assert!(drain(&mut tx).is_empty());
             }
         }
+    });
+}
+
+/// The headers of all datagrams of [`send_datagram`] that wait in a queue.
+fn drain_datagrams(tap: &mut Tap) -> Vec<Header> {
+    let mut packet = [0; 4096];
+    let mut headers = Vec::new();
+    while let Some(len) = tap.read(&mut packet).expect("readable") {
+        // Ethernet, IPv4 and UDP have 42 bytes; the kernel's own announcements are others.
+        if packet[..len].get(HEADER_LEN + 42..) == Some(b"to the guest") {
+            headers.push(Header::from_bytes(*packet.first_chunk().expect("longer")));
+        }
+    }
+    headers
+}
+
+fn send_datagram() {
+    let socket = std::net::UdpSocket::bind("10.9.8.1:0").expect("our address");
+    socket.send_to(b"to the guest", "10.9.8.2:9").expect("sent");
+}
+
+#[test]
+fn a_detached_queue_is_empty_and_keeps_the_settings() {
+    in_a_namespace("a_detached_queue_is_empty_and_keeps_the_settings", || {
+        let mut tap = Tap::open("tap0", Direction::Both).expect("root may");
+        ip("address add 10.9.8.1/24 dev tap0");
+        ip("link set tap0 up");
+        ip("neighbour add 10.9.8.2 lladdr 02:00:00:00:00:01 dev tap0");
+        let unfinished = [Header { flags: FLAG_NEEDS_CSUM, csum_start: 34, csum_offset: 6, ..Header::default() }];
+        let finished = [Header::default()];
+
+        send_datagram();
+        assert!(!tap.attached());
+        assert_eq!(drain_datagrams(&mut tap), [], "no queue was attached");
+        // What is set of a detached queue holds when it is attached, and what is set of an attached one after it was
+        // detached.
+        tap.set_offloads(virtio::NET_GUEST_CSUM).expect("every kernel has this");
+        for _ in 0..2 {
+            tap.attach().expect("detached");
+            tap.attach().expect("nothing to do");
+            send_datagram();
+            assert_eq!(drain_datagrams(&mut tap), unfinished);
+            send_datagram();
+            tap.detach();
+            tap.detach();
+            assert_eq!(drain_datagrams(&mut tap), [], "what waited is dropped");
+        }
+        tap.set_offloads(0).expect("every kernel has none");
+        tap.attach().expect("detached");
+        send_datagram();
+        assert_eq!(drain_datagrams(&mut tap), finished);
+    });
+}
+
+#[test]
+fn a_queue_that_is_not_detached_on_request_stays_attached() {
+    in_a_namespace("a_queue_that_is_not_detached_on_request_stays_attached", || {
+        let mut tap = Tap::open("tap0", Direction::Both).expect("root may");
+        tap.attach().expect("detached");
+        // Behind its back, so that the kernel refuses the next request.
+        tap.set_queue(libc::IFF_DETACH_QUEUE).expect("attached");
+        tap.detach();
+        tap.set_queue(libc::IFF_ATTACH_QUEUE).expect("detached");
+        tap.detach();
+        tap.attach().expect("nothing to do");
+        assert!(tap.attached());
+        ip("link set tap0 up");
+        let hello = frame(1, b"to the guest");
+        send(host_end("tap0").as_raw_fd(), &hello, MsgFlags::empty()).expect("sent");
+        assert_eq!(drain(&mut tap), [hello]);
     });
 }
 
