@@ -1,12 +1,18 @@
 //! Address space of our own: the one place of this crate that maps and unmaps memory.
 //!
-//! The face is safe because a [`Reservation`] owns its whole range, only ever replaces mappings inside it, and hands
-//! out no references: who turns [`Reservation::base`] into an access answers for that access.
+//! The face is safe because a [`Reservation`] owns its whole range but for what it lost, only ever replaces mappings of
+//! its own, and hands out no references: who turns [`Reservation::base`] into an access answers for that access.
+//!
+//! Where a mapping is to replace another, Linux takes the old one away before it asks the file. A file that refuses
+//! leaves a hole, and the next mapping that anybody in this process makes may land there. So a file is asked elsewhere
+//! first. If it refuses after all, the hole is closed; if somebody was faster, the place is lost and left alone.
 
 use std::ffi::c_void;
 use std::io;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
@@ -14,14 +20,22 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mun
 /// pages can be mapped at any arena offset that is itself so aligned.
 const ALIGNMENT: usize = 1 << 30;
 
+/// What may be done with a file that is mapped.
+const FILE_ACCESS: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
+
+/// A mapping that only keeps its place.
+const NOTHING: MapFlags = MapFlags::PRIVATE.union(MapFlags::NORESERVE);
+
 /// A range of address space in which nothing is reachable until a file is mapped into it.
 #[derive(Debug)]
 pub(crate) struct Reservation {
     base: NonNull<u8>,
     len: usize,
+    /// Ranges of offsets that may be somebody else's by now, by order. Nothing is mapped or unmapped there any more.
+    lost: Mutex<Vec<Range<usize>>>,
 }
 
-// SAFETY: a reservation is an address and a length; the system calls that use them may come from any thread.
+// SAFETY: a reservation is an address and numbers; the system calls that use them may come from any thread.
 unsafe impl Send for Reservation {}
 // SAFETY: as above; no method gives access to the memory itself.
 unsafe impl Sync for Reservation {}
@@ -30,9 +44,8 @@ impl Reservation {
     /// Reserves `len` bytes (a multiple of the page size, not 0) that fault on every access.
     pub(crate) fn new(len: usize) -> io::Result<Reservation> {
         let padded = len.checked_add(ALIGNMENT).ok_or(io::ErrorKind::OutOfMemory)?;
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: the kernel chooses a free range, so nothing that exists is replaced.
-        let start = unsafe { mmap_anonymous(ptr::null_mut(), padded, ProtFlags::empty(), flags) }?;
+        let start = unsafe { mmap_anonymous(ptr::null_mut(), padded, ProtFlags::empty(), NOTHING) }?;
         let head = start.addr().next_multiple_of(ALIGNMENT) - start.addr();
         let base = start.cast::<u8>().wrapping_add(head);
         let tail = padded - head - len;
@@ -46,7 +59,7 @@ impl Reservation {
             let _ = unsafe { munmap(base.wrapping_add(len).cast::<c_void>(), tail) };
         }
         let base = NonNull::new(base).ok_or(io::ErrorKind::OutOfMemory)?;
-        let reservation = Reservation { base, len };
+        let reservation = Reservation { base, len, lost: Mutex::default() };
         reservation.keep_private(0, len)?;
         Ok(reservation)
     }
@@ -63,27 +76,89 @@ impl Reservation {
         self.len
     }
 
+    /// Whether all of it is still its own.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.lost().is_empty()
+    }
+
     /// Makes `len` bytes of `file` from `file_offset` reachable at `offset`, shared, for reading and writing.
-    /// Replaces what was there. The caller checked that the file is that long: an access past its end is a SIGBUS.
+    /// Replaces what was there, unless the file cannot be mapped like that. The caller checked that the file is that
+    /// long: an access past its end is a SIGBUS.
     pub(crate) fn map_file(&self, offset: usize, len: usize, file: BorrowedFd<'_>, file_offset: u64) -> io::Result<()> {
         let at = self.at(offset, len)?;
-        // SAFETY: the range lies in this reservation, which nothing else maps into; guest memory carries no Rust
-        // references that a replaced mapping could pull away.
-        unsafe {
-            mmap(at, len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::FIXED, file, file_offset)
-        }?;
+        if self.kept(offset, len).first() != Some(&(offset..offset + len)) {
+            let reason = "the place was lost when an mmap failed half way; restart this worker";
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, reason));
+        }
+        try_elsewhere(len, file, file_offset)?;
+        // SAFETY: the range lies in this reservation and was never lost, so nothing else maps into it; guest memory
+        // carries no Rust references that a replaced mapping could pull away.
+        let mapped = unsafe { mmap(at, len, FILE_ACCESS, MapFlags::SHARED | MapFlags::FIXED, file, file_offset) };
+        mapped.inspect_err(|_| self.put_back(offset, len))?;
         self.keep_private(offset, len).inspect_err(|_| {
             let _ = self.clear(offset, len);
         })
     }
 
-    /// Makes `len` bytes at `offset` unreachable: every access faults from now on.
+    /// Closes the hole that a failed mapping may have left, or gives the range up when it cannot tell that nobody else
+    /// uses it.
+    fn put_back(&self, offset: usize, len: usize) {
+        let Ok(at) = self.at(offset, len) else { return };
+        let flags = NOTHING | MapFlags::FIXED_NOREPLACE;
+        // SAFETY: nothing that exists is replaced.
+        match unsafe { mmap_anonymous(at, len, ProtFlags::empty(), flags) } {
+            Ok(there) if there == at => {
+                // Nothing is reachable there, so a child that has it, and a dump, are no worse off.
+                let _ = self.keep_private(offset, len);
+                return;
+            }
+            // A system that does not know the flag takes the address for a wish.
+            Ok(elsewhere) => {
+                // SAFETY: made above, and nobody else knows of it.
+                let _ = unsafe { munmap(elsewhere, len) };
+            }
+            // Most likely EEXIST. Whether that is somebody else's, or still our own, nobody says.
+            Err(_) => {}
+        }
+        let mut lost = self.lost();
+        let place = lost.partition_point(|range| range.start < offset);
+        lost.insert(place, offset..offset + len);
+    }
+
+    /// Makes `len` bytes at `offset` unreachable: every access faults from now on, but to what was lost.
     pub(crate) fn clear(&self, offset: usize, len: usize) -> io::Result<()> {
-        let at = self.at(offset, len)?;
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
-        // SAFETY: as in `map_file`.
-        unsafe { mmap_anonymous(at, len, ProtFlags::empty(), flags) }?;
-        self.keep_private(offset, len)
+        self.at(offset, len)?;
+        // All of it, also behind a part that fails.
+        let mut result = Ok(());
+        for kept in self.kept(offset, len) {
+            result = result.and(self.clear_kept(&kept));
+        }
+        result
+    }
+
+    fn clear_kept(&self, kept: &Range<usize>) -> io::Result<()> {
+        let at = self.at(kept.start, kept.len())?;
+        // SAFETY: as in `map_file`. There is no file that could refuse.
+        unsafe { mmap_anonymous(at, kept.len(), ProtFlags::empty(), NOTHING | MapFlags::FIXED) }?;
+        self.keep_private(kept.start, kept.len())
+    }
+
+    /// What is left of a range that lies in the reservation.
+    fn kept(&self, offset: usize, len: usize) -> Vec<Range<usize>> {
+        let (mut at, end) = (offset, offset + len);
+        let mut kept = Vec::new();
+        for lost in self.lost().iter().filter(|lost| lost.start < end && offset < lost.end) {
+            kept.push(at..lost.start.max(at));
+            at = lost.end.min(end);
+        }
+        kept.push(at..end);
+        kept.retain(|range| !range.is_empty());
+        kept
+    }
+
+    fn lost(&self) -> MutexGuard<'_, Vec<Range<usize>>> {
+        // The list is valid between any two statements, so a panic elsewhere does not spoil it.
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A forked child would keep writing guest memory after this process was reported dead, and a core dump of a
@@ -107,7 +182,25 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        // SAFETY: the range is this reservation's own; the owner outlives everything that dereferences into it.
-        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
+        for kept in self.kept(0, self.len) {
+            let at = self.base.as_ptr().wrapping_add(kept.start).cast();
+            // SAFETY: what was not lost is this reservation's own; the owner outlives everything that dereferences
+            // into it.
+            let _ = unsafe { munmap(at, kept.len()) };
+        }
     }
 }
+
+/// Maps the file where the kernel likes, and unmaps it again. What makes a file refuse (a seal, no huge pages left) is
+/// seen here, where nothing is taken away before. A region is mapped rarely and nothing is touched, so this is cheap.
+/// As much address space again is taken for a moment.
+fn try_elsewhere(len: usize, file: BorrowedFd<'_>, file_offset: u64) -> io::Result<()> {
+    // SAFETY: the kernel chooses a free range, so nothing that exists is replaced.
+    let at = unsafe { mmap(ptr::null_mut(), len, FILE_ACCESS, MapFlags::SHARED, file, file_offset) }?;
+    // SAFETY: made above, and nobody else knows of it.
+    unsafe { munmap(at, len) }?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

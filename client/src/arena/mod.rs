@@ -84,7 +84,8 @@ struct Regions {
 pub(crate) struct Arena {
     memory: Reservation,
     regions: Mutex<Regions>,
-    /// How many regions could not be mapped. While it is not 0 every translation is compared with the regions.
+    /// How many regions could not be mapped, and one for ever once address space was lost. While it is not 0 every
+    /// translation is compared with the regions.
     refused: AtomicU32,
 }
 
@@ -110,7 +111,7 @@ impl Arena {
         self.memory.len() as u64
     }
 
-    /// Whether every region the daemon named is mapped.
+    /// Whether every region the daemon named is mapped, and nothing in between is anybody else's.
     #[inline]
     pub(crate) fn is_complete(&self) -> bool {
         // Acquire pairs with the release in `settle`; what makes a region usable at all is the mapped generation.
@@ -205,6 +206,7 @@ impl Arena {
 
     fn settle(&self, regions: &Regions) {
         let refused = regions.placed.iter().filter(|placed| !placed.mapped).count();
+        let refused = refused + usize::from(!self.memory.is_whole());
         // Release pairs with the acquire in `is_complete`.
         self.refused.store(u32::try_from(refused).unwrap_or(u32::MAX), Ordering::Release);
     }

@@ -1,0 +1,101 @@
+//! What a reservation keeps when the system refuses a mapping in it.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use iotlb_proto::control::RegionInfo;
+use iotlb_proto::shm::memfd;
+use rustix::fs::MemfdFlags;
+use rustix::io::Errno;
+
+use super::*;
+use crate::arena::{Arena, RegionError};
+
+const OFFSET: usize = 0x20_0000;
+const LEN: usize = 0x1_0000;
+
+/// More huge pages than any machine has free.
+const HUGE_LEN: usize = 1 << 40;
+
+/// Files that `mmap` refuses only when it has unmapped what was in the way, or did so once: Linux 6.14 and later look
+/// at the seals first. The system may have no huge pages at all.
+fn refused_files() -> Vec<(&'static str, OwnedFd, usize)> {
+    let sealed = memfd::create("sealed", LEN as u64).expect("a memfd");
+    memfd::seal_read_only(sealed.as_fd()).expect("sealed");
+    let mut files = vec![("sealed", sealed, LEN)];
+    if let Ok(huge) = rustix::fs::memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB) {
+        rustix::fs::ftruncate(&huge, HUGE_LEN as u64).expect("a length");
+        files.push(("huge", huge, HUGE_LEN));
+    }
+    files
+}
+
+/// What comes of a mapping of nothing at `offset` that replaces nothing.
+fn squat(reservation: &Reservation, offset: usize, len: usize) -> Result<(), Errno> {
+    let at = reservation.at(offset, len).expect("inside");
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED_NOREPLACE;
+    // SAFETY: nothing that exists is replaced.
+    unsafe { mmap_anonymous(at, len, ProtFlags::empty(), flags) }.map(|_| ())
+}
+
+#[test]
+fn a_refused_file_leaves_no_hole() {
+    for (name, file, len) in refused_files() {
+        let reservation = Reservation::new(OFFSET + len).expect("a reservation");
+        reservation.map_file(OFFSET, len, file.as_fd(), 0).expect_err(name);
+        assert_eq!(squat(&reservation, OFFSET, len), Err(Errno::EXIST), "{name}");
+        let good = memfd::create("good", LEN as u64).expect("a memfd");
+        reservation.map_file(OFFSET, LEN, good.as_fd(), 0).expect("the place is free for another");
+    }
+}
+
+/// Puts memory of our own over a part of the reservation, as a thread might that was faster than `put_back`.
+fn intrude(reservation: &Reservation) -> *mut u8 {
+    let at = reservation.at(OFFSET, LEN).expect("inside");
+    // SAFETY: replaces a part of the reservation, where nothing is mapped.
+    let there = unsafe { mmap_anonymous(at, LEN, FILE_ACCESS, MapFlags::PRIVATE | MapFlags::FIXED) };
+    there.expect("memory").cast::<u8>()
+}
+
+#[test]
+fn what_somebody_else_took_is_left_alone() {
+    let file = memfd::create("guest", 3 * LEN as u64).expect("a memfd");
+    let reservation = Reservation::new(4 * OFFSET).expect("a reservation");
+    reservation.map_file(OFFSET + LEN, LEN, file.as_fd(), 0).expect("a neighbour");
+    let theirs = intrude(&reservation);
+    // SAFETY: mapped for writing by the line above.
+    unsafe { theirs.write_volatile(7) };
+    reservation.put_back(OFFSET, LEN);
+    assert!(!reservation.is_whole());
+    for (offset, len) in [(OFFSET, LEN), (OFFSET - LEN, 2 * LEN), (OFFSET - LEN, 3 * LEN), (OFFSET, 0x1000)] {
+        let error = reservation.map_file(offset, len, file.as_fd(), 0).expect_err("lost");
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{len:#x} at {offset:#x}");
+    }
+    reservation.map_file(OFFSET - LEN, LEN, file.as_fd(), 0).expect("the other neighbour");
+    assert_eq!(reservation.kept(OFFSET, LEN), []);
+    reservation.clear(OFFSET, LEN).expect("nothing to do");
+    reservation.clear(0, reservation.len()).expect("cleared");
+    assert_eq!(reservation.kept(0, reservation.len()), [0..OFFSET, OFFSET + LEN..4 * OFFSET]);
+    drop(reservation);
+    // SAFETY: mapped by `intrude`, and unmapped by nobody, which is what this test is about: else it ends here.
+    unsafe {
+        assert_eq!(theirs.read_volatile(), 7);
+        munmap(theirs.cast(), LEN).expect("unmapped");
+    }
+}
+
+#[test]
+fn an_arena_that_lost_a_place_compares_every_translation() {
+    let arena = Arena::new(4 * OFFSET as u64).expect("an arena");
+    let file = memfd::create("guest", LEN as u64).expect("a memfd");
+    let region = |id, arena_offset: usize| {
+        let arena_offset = arena_offset as u64;
+        RegionInfo { id, arena_offset, guest_address: arena_offset, size: LEN as u64, file_offset: 0 }
+    };
+    arena.memory.put_back(OFFSET, LEN);
+    assert!(matches!(arena.add(&region(1, OFFSET), &file), Err(RegionError::Map(_))));
+    arena.add(&region(2, OFFSET + LEN), &file).expect("another place");
+    arena.remove(1).expect("removed");
+    assert!(!arena.is_complete());
+    assert!(arena.is_mapped((OFFSET + LEN) as u64, LEN as u64) && !arena.is_mapped(OFFSET as u64, LEN as u64));
+    arena.revoke().expect("revoked");
+}
