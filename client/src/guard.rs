@@ -316,7 +316,13 @@ impl<'r> Guard<'r> {
         self.shared.table.queue(queue)
     }
 
-    /// Grows with every translation that was taken away. A pointer that is kept across pins is void when it changed.
+    /// Which attachment it is of: a number that no other in this process ever has.
+    pub(crate) fn source(&self) -> u64 {
+        self.shared.source
+    }
+
+    /// Grows with every translation that was taken away. A pointer that is kept across pins is void when it changed,
+    /// and with its attachment.
     #[inline]
     #[must_use]
     pub fn removal_generation(&self) -> u64 {

@@ -37,6 +37,9 @@ pub(crate) enum Down {
     Revoked,
 }
 
+/// Attachments that this process has made.
+static SOURCES: AtomicU64 = AtomicU64::new(0);
+
 /// Everything but the control thread's handle.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -44,6 +47,9 @@ pub(crate) struct Shared {
     pub(crate) segment: WorkerSegment,
     pub(crate) liveness: LivenessView,
     pub(crate) arena: Arena,
+    /// Unique in this process, as the arena is, which stays as long as this does: the table and its generations may be
+    /// those of another attachment as well.
+    pub(crate) source: u64,
     pub(crate) doorbell: OwnedFd,
     pub(crate) channel: Channel,
     pub(crate) events: OwnedFd,
@@ -105,6 +111,8 @@ impl Shared {
             segment: parts.segment,
             liveness: parts.liveness,
             arena: parts.arena,
+            // Relaxed: only that each gets another number counts. 64 bits do not come round.
+            source: SOURCES.fetch_add(1, Ordering::Relaxed),
             doorbell: parts.doorbell,
             channel: parts.channel,
             events: parts.events,

@@ -12,6 +12,8 @@ use crate::{Fault, Guard};
 /// What pointers kept across pins are keyed by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Generations {
+    /// Which memory the others are the generations of: a number that no other memory of this process ever has.
+    pub source: u64,
     /// Grows with everything that is taken away.
     pub removal: u64,
     /// Grows with every front-end session.
@@ -27,6 +29,8 @@ pub struct Generations {
 /// Every piece given to `visit` must stay valid for reads, and for writes when `access` has them, for as long as
 /// `self` is borrowed. It must stay valid longer, namely under a later value of the same source, for as long as
 /// [`RingMemory::generations`] read *after* that value came into being still equal those read before the translation.
+/// Values that answer with the same [`Generations::source`] are of the same source: the other generations alone may be
+/// equal for two places where the same memory, or other memory, is mapped.
 pub unsafe trait RingMemory {
     /// Translates all of `len` bytes from `iova`, or nothing: pieces are visited in order of address, and what
     /// was visited before an error is to be forgotten.
@@ -48,7 +52,9 @@ pub unsafe trait RingMemory {
 
 // SAFETY: a translation holds while the guard lives, that is while the reader is pinned. It holds beyond the unpin
 // until it is unlinked, and an unlink bumps the removal generation before the grace period that ends with the old
-// mapping's end; a guard that pinned after the bump sees it.
+// mapping's end; a guard that pinned after the bump sees it. The table that holds the generations may be the same for
+// several attachments, of which each has an arena of its own: `Shared::new` gives each a source that is unique in this
+// process, so equal generations are of the same arena, and while one of its guards lives, the arena does.
 unsafe impl RingMemory for Guard<'_> {
     fn translate_pieces(
         &self,
@@ -67,6 +73,7 @@ unsafe impl RingMemory for Guard<'_> {
 
     fn generations(&self) -> Generations {
         Generations {
+            source: self.source(),
             removal: self.removal_generation(),
             session: self.session_generation(),
             queue: self.queue_generation(),

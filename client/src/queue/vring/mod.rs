@@ -21,9 +21,10 @@
 //! ```
 //!
 //! A [`Burst`] and its chains borrow the guard, so no pointer into guest memory outlives the pin. Between pins the
-//! ring keeps the addresses of its three tables, keyed by the removal, session and queue generation; `begin`
-//! compares the key *after* the pin, which is what makes keeping them sound: whatever was unlinked before the pin
-//! shows in the removal generation, and whatever is unlinked later waits for the unpin.
+//! ring keeps the addresses of its three tables, keyed by the removal, session and queue generation and the attachment
+//! that they are of; `begin` compares the key *after* the pin, which is what makes keeping them sound: whatever was
+//! unlinked before the pin shows in the removal generation, whatever is unlinked later waits for the unpin, and another
+//! attachment, which has the same table and generations but memory elsewhere, is another source.
 //!
 //! # Position
 //!

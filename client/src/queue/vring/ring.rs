@@ -51,6 +51,7 @@ pub struct Vring {
 /// What the front-end set up, as last seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Setup {
+    source: u64,
     session: u64,
     queue: u64,
     features: u64,
@@ -172,7 +173,8 @@ impl Vring {
             return Err(RingFault::Stopped);
         };
         // SAFETY: `memory` and the tables are both borrowed for 'g, and `tables.key` equals the generations read above,
-        // under the pin that `memory` stands for.
+        // under the pin that `memory` stands for. The source is among them, and unique as `RingMemory` asks: so the
+        // tables were translated in this memory and not in another with the same generations.
         let (desc, avail, used) = unsafe { (tables.desc.view(), tables.avail.view(), tables.used.view()) };
         self.state.find_position(&used, used_access.allows(Access::READ), record.base);
         Ok(Burst::new(memory, &mut self.state, desc, avail, used, record, features, self.limits))
@@ -182,6 +184,7 @@ impl Vring {
     fn set_up(&mut self, key: Generations, record: &QueueRecord, features: u64) {
         // That a ring was enabled or disabled is not a restart.
         let setup = Setup {
+            source: key.source,
             session: key.session,
             queue: key.queue,
             features,
@@ -198,7 +201,8 @@ impl Vring {
         self.tables = None;
         self.state.broken = None;
         self.state.position_stale = true;
-        if (old.session, old.features, old.record) != (setup.session, setup.features, setup.record) {
+        let ring = |of: &Setup| (of.source, of.session, of.features, of.record);
+        if ring(&old) != ring(&setup) {
             self.state.positioned = false;
             self.state.used_write_only = false;
         }

@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 
 use iotlb_proto::access::Access;
 use iotlb_proto::iova::{PAGE_SHIFT, PAGE_SIZE};
+use iotlb_proto::sync::{AtomicU64, Ordering};
 use iotlb_proto::table::QueueRecord;
 
 use super::fault::MissSet;
@@ -28,6 +29,13 @@ pub(crate) struct FakeMemory {
     pub(crate) translations: Cell<u64>,
 }
 
+/// A number that no other memory has.
+fn next_source() -> u64 {
+    static SOURCES: AtomicU64 = AtomicU64::new(0);
+    // Relaxed: only that each gets another number counts.
+    SOURCES.fetch_add(1, Ordering::Relaxed)
+}
+
 /// What untouched memory holds.
 const PATTERN: u64 = 0xa5a5_a5a5_a5a5_a5a5;
 
@@ -37,7 +45,7 @@ impl FakeMemory {
             words: (0..(pages + 1) * PAGE / 8).map(|_| UnsafeCell::new(PATTERN)).collect(),
             page_table: RefCell::default(),
             present: RefCell::default(),
-            generations: Cell::new(Generations { removal: 1, session: 1, queue: 1 }),
+            generations: Cell::new(Generations { source: next_source(), removal: 1, session: 1, queue: 1 }),
             remapping: Cell::new(false),
             translations: Cell::new(0),
         }
@@ -126,7 +134,8 @@ impl FakeMemory {
     }
 }
 
-// SAFETY: pieces point into `words`, which lives as long as the memory and is never moved or freed before it.
+// SAFETY: pieces point into `words`, which lives as long as the memory and is never moved or freed before it; each
+// memory is a source of its own.
 unsafe impl RingMemory for FakeMemory {
     fn translate_pieces(
         &self,

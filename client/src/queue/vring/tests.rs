@@ -481,6 +481,50 @@ fn remapping_is_passed_on_and_consumes_nothing() {
     assert!(burst.next_chain().expect("present").is_some());
 }
 
+#[test]
+fn another_memory_with_the_same_generations_is_another_memory() {
+    let (first, second) = (memory(1), memory(1));
+    first.resolve_everything();
+    second.resolve_everything();
+    let mut old = driver(&first, 8);
+    let mut ring = Vring::default();
+    old.post(&[read_only(DATA, 1)]).expect("room");
+    let mut burst = begin(&mut ring, &first, &old);
+    let chain = burst.next_chain().expect("present").expect("posted");
+    burst.complete(chain, 0);
+    drop(burst);
+    assert_eq!(ring.position(), 1);
+    // The same ring to the last bit, but for how far it is.
+    let mut new = Driver::new(&second, 8, DESC, AVAIL, USED, 5);
+    new.record = old.record;
+    let head = new.post(&[writable(DATA, 64)]).expect("room");
+    let mut burst = begin(&mut ring, &second, &new);
+    let chain = burst.next_chain().expect("present").expect("posted");
+    assert_eq!(chain.write(0, b"second"), 6);
+    burst.complete(chain, 6);
+    assert!(burst.publish(), "nobody knows what its driver was told");
+    drop(burst);
+    assert_eq!(ring.position(), 6);
+    assert_eq!((new.collect(), second.driver_read(DATA, 6)), (vec![(head, 6)], b"second".to_vec()));
+    assert_eq!((old.used_idx(), first.driver_read(DATA, 6)), (1, vec![0xa5; 6]), "of the first nothing is touched");
+}
+
+#[test]
+fn what_was_denied_or_broken_in_another_memory_is_forgotten() {
+    let (first, second) = (memory(1), memory(1));
+    first.resolve_everything();
+    second.resolve_everything();
+    let mut old = driver(&first, 8);
+    old.post_head(99);
+    let mut ring = Vring::default();
+    assert!(ring.denied(USED, Access::READ_WRITE, &old.record));
+    assert!(begin(&mut ring, &first, &old).next_chain().is_err());
+    let mut new = driver(&second, 8);
+    new.post(&[read_only(DATA, 1)]).expect("room");
+    assert!(begin(&mut ring, &second, &new).next_chain().expect("sound").is_some());
+    assert!(ring.denied(USED, Access::READ_WRITE, &new.record), "reading the used ring was tried again");
+}
+
 /// Lets a driver break one rule, and tells how the ring puts it.
 fn broken_by(features: u64, limits: Limits, act: impl FnOnce(&mut Driver<'_>)) -> Broken {
     let memory = memory(1);
