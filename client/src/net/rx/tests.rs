@@ -92,6 +92,35 @@ fn without_mergeable_buffers_a_packet_gets_one_chain_or_is_dropped() {
 }
 
 #[test]
+fn the_longest_chain_that_linux_makes_is_served() {
+    const GUEST_PAGE: u32 = 0x1_0000;
+    // So many pages of 64 KiB for each packet: one, and as many fragments as the guest's kernel was built for.
+    for pages in [1 + 17, 1 + 45] {
+        let memory = memory();
+        // Each in a place of its own for the guest. Here one page is as good as the other.
+        let place = |page: u32| DATA + u64::from(page + 1) * 2 * u64::from(GUEST_PAGE);
+        for iova in (0..pages).flat_map(|page| (place(page)..).step_by(4096).take(16)) {
+            memory.map(iova, 3, Access::READ_WRITE);
+        }
+        let mut setup = Setup::new(&memory, virtio::VERSION_1);
+        setup.driver = Driver::new(&memory, 64, DESC, AVAIL, USED, 0);
+        let header = Buffer { iova: place(0), len: 12, writable: true };
+        let rest = Buffer { iova: place(0) + 16, len: GUEST_PAGE - 16, writable: true };
+        let others = (1..pages).map(|page| Buffer { iova: place(page), len: GUEST_PAGE, writable: true });
+        let head = setup.driver.post(&[header, rest].into_iter().chain(others).collect::<Vec<_>>()).expect("room");
+        setup.backlog.push(packet(100));
+        let done = setup.deliver();
+        let Some(RingFault::Miss(set)) = done.fault else { panic!("{:?}", done.fault) };
+        assert_eq!(set.required, usize::try_from(pages).expect("few"), "a request for each page of the guest");
+        assert!(memory.resolve(&set));
+        let done = setup.deliver();
+        assert_eq!((done.packets, done.chains, done.fault), (1, 1, None));
+        assert_eq!(setup.driver.collect(), [(head, 112)]);
+        assert_eq!(memory.driver_read(place(0) + 16, 100), packet(100)[12..]);
+    }
+}
+
+#[test]
 fn an_old_guest_gets_the_short_header() {
     let memory = memory();
     let mut setup = Setup::new(&memory, 0);

@@ -134,7 +134,7 @@ pub enum Broken {
         /// Where the chain starts.
         head: u16,
     },
-    /// More bytes than any packet needs.
+    /// More bytes than any driver posts for a packet.
     #[error("the chain from head {head} has more than {max} bytes")]
     TooLong {
         /// Where the chain starts.

@@ -594,7 +594,7 @@ fn hostile_rings_break_with_a_reason() {
             d.write_descriptor(0, DATA, u32::MAX, 0, 0);
             d.post_head(0);
         }),
-        Broken::TooLong { head: 0, max: 256 * 1024 }
+        Broken::TooLong { head: 0, max: 3 << 20 }
     );
 }
 
