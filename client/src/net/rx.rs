@@ -10,8 +10,9 @@ use crate::queue::vring::{Chain, RingFault, RingMemory, Vring};
 /// Packets delivered under one pin: a pin may not last long, the guest's CPUs may be waiting for its end.
 pub const PACKETS_PER_PIN: usize = 64;
 
-/// Chains looked at under one pin, but for the last packet's, and chains one packet may take: with the largest chains
-/// that a guest can make, some ten milliseconds. 64 KiB in buffers of 64 bytes.
+/// Chains looked at under one pin, but for the last packet's, and chains one packet may take: 64 KiB in buffers of 64
+/// bytes. With the largest chains that a guest can make they take a quarter of a second. It is the one that waits for
+/// the end of the pin, and a worker is told to let go after a second.
 pub const CHAINS_PER_PIN: usize = 1024;
 
 /// What happened.
