@@ -9,6 +9,7 @@ use iotlb_proto::table::QueueRecord;
 use iotlb_proto::tree::Top;
 
 use crate::Access;
+use crate::queue::vring::Source;
 use crate::reader::Reader;
 use crate::segments::{Piece, Segment, Segments};
 use crate::shared::Shared;
@@ -317,7 +318,7 @@ impl<'r> Guard<'r> {
     }
 
     /// Which attachment it is of: a number that no other in this process ever has.
-    pub(crate) fn source(&self) -> u64 {
+    pub(crate) fn source(&self) -> Source {
         self.shared.source
     }
 

@@ -14,6 +14,7 @@ use crate::control::channel::Channel;
 use crate::eventfd;
 use crate::miss::cells::CellPool;
 use crate::queue::lease::LeaseBook;
+use crate::queue::vring::Source;
 use crate::reader::slots::SlotPool;
 
 /// The daemon took all access away.
@@ -37,9 +38,6 @@ pub(crate) enum Down {
     Revoked,
 }
 
-/// Attachments that this process has made.
-static SOURCES: AtomicU64 = AtomicU64::new(0);
-
 /// Everything but the control thread's handle.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -49,7 +47,7 @@ pub(crate) struct Shared {
     pub(crate) arena: Arena,
     /// Unique in this process, as the arena is, which stays as long as this does: the table and its generations may be
     /// those of another attachment as well.
-    pub(crate) source: u64,
+    pub(crate) source: Source,
     pub(crate) doorbell: OwnedFd,
     pub(crate) channel: Channel,
     pub(crate) events: OwnedFd,
@@ -112,7 +110,7 @@ impl Shared {
             liveness: parts.liveness,
             arena: parts.arena,
             // Relaxed: only that each gets another number counts. 64 bits do not come round.
-            source: SOURCES.fetch_add(1, Ordering::Relaxed),
+            source: Source::unique(),
             doorbell: parts.doorbell,
             channel: parts.channel,
             events: parts.events,

@@ -27,7 +27,7 @@ impl LogBudget {
         self.spend(now_ns) == Taken::Yes
     }
 
-    /// The same for who says that lines are left out.
+    /// As [`LogBudget::take`], and also tells which refusal is the first of a span.
     pub(crate) fn spend(&mut self, now_ns: u64) -> Taken {
         if now_ns.saturating_sub(self.since_ns) >= LogBudget::SPAN_NS {
             *self = LogBudget { since_ns: now_ns, written: 0 };

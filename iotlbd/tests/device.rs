@@ -262,6 +262,24 @@ fn ring_pages_that_cannot_be_reached_are_not_asked_for_on_and_on() {
             }
         }
     }
+    // The same with one UPDATE for all three pages, of which the first is memory.
+    let end = USER + 4 * MIB - 4096;
+    bench.start_ring(1, DESC - 4096, DESC, AVAIL);
+    let mut asked = 0;
+    loop {
+        let messages = bench.messages();
+        if messages.is_empty() {
+            break;
+        }
+        for (_, need_reply) in messages {
+            asked += 1;
+            assert!(asked < 100, "it never ends");
+            assert_eq!(bench.update(DESC - 4096, 3 * 4096, end, RW), 1);
+            if need_reply {
+                bench.event(Event::MissReply { value: 0 });
+            }
+        }
+    }
     // What was there and is replaced by such a page is asked for anew.
     assert_eq!(bench.update(DESC, 4096, USER, RW), 0);
     assert_eq!(bench.update(DESC, 4096, USER + (1 << 40), RW), 1);
@@ -788,7 +806,7 @@ fn what_is_no_back_end_channel_is_refused_and_the_old_one_stays() {
 }
 
 #[test]
-fn what_is_no_event_descriptor_is_refused_for_a_ring() {
+fn a_file_or_a_socket_is_refused_for_a_ring() {
     let (mut bench, fd) = started();
     // A copy of the front-end's own end would keep the connection open for ever.
     let (stream, _other) = std::os::unix::net::UnixStream::pair().expect("a pair");

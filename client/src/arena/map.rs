@@ -91,8 +91,9 @@ impl Reservation {
             return Err(io::Error::new(io::ErrorKind::AddrInUse, reason));
         }
         try_elsewhere(len, file, file_offset)?;
-        // SAFETY: the range lies in this reservation and was never lost, so nothing else maps into it; guest memory
-        // carries no Rust references that a replaced mapping could pull away.
+        // SAFETY: the range lies in this reservation and was never lost, so nothing else maps into it; it is not lost
+        // meanwhile either, because the arena holds its lock for one mapping at a time. Guest memory carries no Rust
+        // references that a replaced mapping could pull away.
         let mapped = unsafe { mmap(at, len, FILE_ACCESS, MapFlags::SHARED | MapFlags::FIXED, file, file_offset) };
         mapped.inspect_err(|_| self.put_back(offset, len))?;
         self.keep_private(offset, len).inspect_err(|_| {

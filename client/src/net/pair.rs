@@ -71,7 +71,7 @@ pub struct Pair {
     readable: bool,
     writable: bool,
     /// When the TAP's queue was last attached.
-    attached: Option<Instant>,
+    attached_at: Option<Instant>,
     session: Option<u64>,
     scratch: Vec<u8>,
     figures: Figures,
@@ -122,7 +122,7 @@ impl Pair {
             from_guest: Backlog::default(),
             readable: true,
             writable: true,
-            attached: None,
+            attached_at: None,
             session: None,
             scratch: vec![0; PACKET_MAX],
             figures: Figures::default(),
@@ -246,13 +246,13 @@ impl Pair {
             return Ok(Next::Event);
         }
         let now = Instant::now();
-        if let Some(soonest) = self.attached.map(|last| last + ATTACH_PAUSE)
+        if let Some(soonest) = self.attached_at.map(|last| last + ATTACH_PAUSE)
             && now < soonest
         {
             return Ok(Next::At(soonest));
         }
         tap.attach()?;
-        self.attached = Some(now);
+        self.attached_at = Some(now);
         // The next round looks, whatever edges there were.
         self.readable = true;
         Ok(Next::Now)

@@ -11,8 +11,8 @@ use crate::queue::vring::{Chain, RingFault, RingMemory, Vring};
 pub const PACKETS_PER_PIN: usize = 64;
 
 /// Chains looked at under one pin, but for the last packet's, and chains one packet may take: 64 KiB in buffers of 64
-/// bytes. With the largest chains that a guest can make they take a quarter of a second. It is the one that waits for
-/// the end of the pin, and a worker is told to let go after a second.
+/// bytes. With the largest chains that a guest can make they take a quarter of a second. The guest itself waits for the
+/// end of the pin; a worker is reported after a tenth of a second and told to let go after one.
 pub const CHAINS_PER_PIN: usize = 1024;
 
 /// What happened.

@@ -86,6 +86,17 @@ pub enum TapError {
         /// The device.
         name: String,
     },
+    /// A queue cannot be attached, for which the kernel asks no right but a security module's.
+    #[error(
+        "TAP {name}: a queue cannot be attached ({source}): if a security module forbids it, allow it there (SELinux \
+         calls it `attach_queue` of `tun_socket`)"
+    )]
+    Attach {
+        /// The device.
+        name: String,
+        /// What the kernel said.
+        source: Errno,
+    },
     /// Any other step.
     #[error("TAP {name}: {step} failed: {source}")]
     Step {
@@ -190,14 +201,11 @@ impl Tap {
     ///
     /// # Errors
     ///
-    /// [`TapError::Step`].
+    /// [`TapError::Attach`].
     pub fn attach(&mut self) -> Result<(), TapError> {
         if !self.attached() {
-            self.set_queue(libc::IFF_ATTACH_QUEUE).map_err(|source| TapError::Step {
-                name: self.name.clone(),
-                step: "attaching the queue (TUNSETQUEUE)",
-                source,
-            })?;
+            let attached = self.set_queue(libc::IFF_ATTACH_QUEUE);
+            attached.map_err(|source| TapError::Attach { name: self.name.clone(), source })?;
             self.steering = Steering::Attached;
         }
         Ok(())

@@ -30,6 +30,7 @@ pub fn in_a_namespace(test: &str) -> bool {
     false
 }
 
+/// Runs `ip` in the present namespace; returns what it printed.
 pub fn ip(arguments: &str) -> String {
     let output = Command::new("ip").args(arguments.split(' ')).output().expect("iproute2 is installed");
     assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));

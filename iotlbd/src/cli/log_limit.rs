@@ -3,7 +3,7 @@
 //! Nearly every line is about something that a front-end or a worker did: it connected, claimed a queue, gave one back.
 //! Whoever does so in a loop would fill the disk that the log is kept on. So of each kind, that is of each place in the
 //! code that writes a line, only so many are written in a time ([`LogBudget`]). Who wants to read `debug` and below
-//! has asked for it, and gets all of them.
+//! has asked for it, and gets all of them; so do errors.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -36,7 +36,8 @@ impl<S: Subscriber, W: for<'a> MakeWriter<'a>> Filter<S> for LogLimit<W> {
 
     fn event_enabled(&self, event: &Event<'_>, _: &Context<'_, S>) -> bool {
         let kind = event.metadata();
-        if *kind.level() > Level::INFO {
+        // Errors name what an operator has to do; peers cannot repeat them at will.
+        if *kind.level() > Level::INFO || *kind.level() == Level::ERROR {
             return true;
         }
         // A panic elsewhere has left whole numbers behind.
@@ -44,12 +45,11 @@ impl<S: Subscriber, W: for<'a> MakeWriter<'a>> Filter<S> for LogLimit<W> {
         match kinds.entry(kind.callsite()).or_default().spend((self.now_ns)()) {
             Taken::Yes => true,
             Taken::First => {
-                // An Err means that the log is closed: there is nowhere else to say so.
-                let _ = writeln!(
-                    self.log.make_writer(),
-                    "(more lines like the last one of {} are left out, for ten seconds at most)",
-                    kind.target()
-                );
+                let (module, line) = (kind.target(), kind.line().unwrap_or(0));
+                let text =
+                    format!("(more lines like those of {module}, line {line}, are left out for up to ten seconds)\n");
+                // One call, as for any line. An Err means that the log is closed: there is nowhere else to say so.
+                let _ = self.log.make_writer().write_all(text.as_bytes());
                 false
             }
             Taken::No => false,

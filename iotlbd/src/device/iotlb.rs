@@ -37,7 +37,9 @@ impl Device {
         let (range, pieces) = match (range, pieces) {
             (Some(range), Some(pieces)) if !message.access.is_none() => (range, pieces),
             _ => {
-                job.parts.push(Part::Remove { range: IovaRange::from_invalidate(message.iova, message.size) });
+                let range = IovaRange::from_invalidate(message.iova, message.size);
+                job.ask_rings = self.holds_ring_page(range);
+                job.parts.push(Part::Remove { range });
                 self.refuse_update(&mut job, message);
                 return Ok(job);
             }
@@ -50,6 +52,7 @@ impl Device {
                 Some(target) => job.parts.push(Part::Insert { range, target, access: message.access }),
                 None => {
                     refused = true;
+                    job.ask_rings |= self.holds_ring_page(range);
                     job.parts.push(Part::Remove { range });
                 }
             }
@@ -65,16 +68,15 @@ impl Device {
     fn refuse_update(&mut self, job: &mut Job, message: &IotlbMessage) {
         self.counters.refused += 1;
         if self.may_complain() {
-            tracing::warn!(?message, "UPDATE names memory outside the memory table, or no permission");
+            tracing::warn!(?message, "UPDATE names memory outside the memory table or no permission, or wraps");
         }
-        // Only what was there: else ring pages that are always refused are asked for on and on, for each other's sake.
-        job.ask_rings = self.holds_ring_page(IovaRange::from_invalidate(message.iova, message.size));
         if let Due::Number { request, .. } = job.due {
             job.due = Due::Number { request, value: 1 };
         }
     }
 
-    /// Whether the table has a page of a started ring in `range`.
+    /// Whether the table has a page of a started ring in `range`, which goes and is to be asked for again. What is not
+    /// there is not: ring pages that are always refused would be asked for on and on, for each other's sake.
     fn holds_ring_page(&self, range: IovaRange) -> bool {
         let areas = self.rings.iter().filter_map(Ring::areas).flatten();
         let mut pages = areas.filter_map(|(area, _)| area.intersection(range)).flat_map(pages_of);

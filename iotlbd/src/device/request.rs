@@ -45,7 +45,7 @@ pub(super) enum RequestError {
     Status(u64),
     #[error("the descriptor of the back-end channel is not a connected unix stream socket")]
     Channel,
-    #[error("the descriptor for ring {0} is no event descriptor")]
+    #[error("the descriptor for ring {0} is a file, a socket or a pipe, not an event descriptor")]
     NoEvent(u8),
     #[error("{0} is not served")]
     NotServed(&'static str),
@@ -60,9 +60,10 @@ fn is_channel(fd: &OwnedFd) -> bool {
         && socket_acceptconn(fd) == Ok(false)
 }
 
-/// Whether `fd` can be a kick, a call or an error descriptor. Those are kept, and handed on to workers: a socket or a
-/// file would be written to, and a copy of the front-end's own end would keep its connection open when it is gone.
-fn is_event_descriptor(fd: &OwnedFd) -> bool {
+/// Whether `fd` can be a kick, a call or an error descriptor: no file, socket or pipe. Those are kept, and handed on to
+/// workers: they would be written to, and a copy of the front-end's own end would keep its connection open when it is
+/// gone. Other things without an inode of their own do no harm; whoever writes looks closer.
+fn can_be_signalled(fd: &OwnedFd) -> bool {
     // Event descriptors share an inode without a file type.
     fstat(fd).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Unknown)
 }
@@ -312,7 +313,7 @@ impl Device {
     fn ring_of(&self, descriptor: &VringFd) -> Result<usize, RequestError> {
         let at = self.ring(u32::from(descriptor.index))?;
         match &descriptor.fd {
-            Some(fd) if !is_event_descriptor(fd) => Err(RequestError::NoEvent(descriptor.index)),
+            Some(fd) if !can_be_signalled(fd) => Err(RequestError::NoEvent(descriptor.index)),
             _ => Ok(at),
         }
     }

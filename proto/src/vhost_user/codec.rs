@@ -343,17 +343,17 @@ impl<'a> Message<'a> {
     }
 
     fn single_region(&self) -> Result<MemoryRegion, DecodeError> {
-        self.checked(0, self.region_alone()?)
+        self.checked(0, self.unchecked_region()?)
     }
 
     /// A region by its name, which is where it lies and how large it is: the specification has the mmap offset ignored.
     fn region_that_goes(&self) -> Result<MemoryRegion, DecodeError> {
-        let region = self.region_alone()?;
+        let region = self.unchecked_region()?;
         self.checked(0, MemoryRegion { mmap_offset: 0, ..region })?;
         Ok(region)
     }
 
-    fn region_alone(&self) -> Result<MemoryRegion, DecodeError> {
+    fn unchecked_region(&self) -> Result<MemoryRegion, DecodeError> {
         let size = REGION_PREFIX_LEN + REGION_LEN;
         let mut fields = self.payload_size(size, size)?;
         fields.u64();

@@ -4,16 +4,30 @@ use std::ptr::NonNull;
 
 use iotlb_proto::access::Access;
 use iotlb_proto::iova::IovaRange;
-use iotlb_proto::sync::{AtomicU16, Ordering};
+use iotlb_proto::sync::{AtomicU16, AtomicU64, Ordering};
 
 use super::fault::{Broken, MissList, RingFault};
 use crate::{Fault, Guard};
 
+/// One memory of this process, unlike all others that it ever has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source(u64);
+
+impl Source {
+    /// That of a memory which is made now.
+    #[must_use]
+    pub fn unique() -> Source {
+        static SOURCES: AtomicU64 = AtomicU64::new(0);
+        // Relaxed: only that each is another number counts. It does not wrap in any time that matters.
+        Source(SOURCES.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
 /// What pointers kept across pins are keyed by.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Generations {
-    /// Which memory the others are the generations of: a number that no other memory of this process ever has.
-    pub source: u64,
+    /// Which memory the others are the generations of.
+    pub source: Source,
     /// Grows with everything that is taken away.
     pub removal: u64,
     /// Grows with every front-end session.

@@ -55,5 +55,5 @@ mod walk;
 pub use burst::Burst;
 pub use chain::Chain;
 pub use fault::{Broken, Miss, MissPlace, MissSet, RingFault};
-pub use memory::{Generations, RawPiece, RingMemory};
+pub use memory::{Generations, RawPiece, RingMemory, Source};
 pub use ring::{Limits, Vring};

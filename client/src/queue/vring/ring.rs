@@ -9,7 +9,7 @@ use iotlb_proto::vhost_user::features::virtio;
 use super::burst::Burst;
 use super::chain::Parts;
 use super::fault::{Broken, MissList, MissPlace, RingFault};
-use super::memory::{Generations, RingMemory};
+use super::memory::{Generations, RingMemory, Source};
 use super::table::{Table, TableView};
 
 /// Bytes before the entries of the available and the used ring: flags and index.
@@ -53,7 +53,7 @@ pub struct Vring {
 /// What the front-end set up, as last seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Setup {
-    source: u64,
+    source: Source,
     session: u64,
     queue: u64,
     features: u64,

@@ -6,11 +6,10 @@ use std::ptr::NonNull;
 
 use iotlb_proto::access::Access;
 use iotlb_proto::iova::{PAGE_SHIFT, PAGE_SIZE};
-use iotlb_proto::sync::{AtomicU64, Ordering};
 use iotlb_proto::table::QueueRecord;
 
 use super::fault::MissSet;
-use super::memory::{Generations, RawPiece, RingMemory};
+use super::memory::{Generations, RawPiece, RingMemory, Source};
 use crate::Fault;
 
 const PAGE: usize = 4096;
@@ -29,13 +28,6 @@ pub(crate) struct FakeMemory {
     pub(crate) translations: Cell<u64>,
 }
 
-/// A number that no other memory has.
-fn next_source() -> u64 {
-    static SOURCES: AtomicU64 = AtomicU64::new(0);
-    // Relaxed: only that each gets another number counts.
-    SOURCES.fetch_add(1, Ordering::Relaxed)
-}
-
 /// What untouched memory holds.
 const PATTERN: u64 = 0xa5a5_a5a5_a5a5_a5a5;
 
@@ -45,7 +37,7 @@ impl FakeMemory {
             words: (0..(pages + 1) * PAGE / 8).map(|_| UnsafeCell::new(PATTERN)).collect(),
             page_table: RefCell::default(),
             present: RefCell::default(),
-            generations: Cell::new(Generations { source: next_source(), removal: 1, session: 1, queue: 1 }),
+            generations: Cell::new(Generations { source: Source::unique(), removal: 1, session: 1, queue: 1 }),
             remapping: Cell::new(false),
             translations: Cell::new(0),
         }
