@@ -10,7 +10,7 @@ use iotlb_proto::control::RegionInfo;
 use iotlb_proto::iova::{IovaRange, PAGE_MASK, PAGE_SIZE};
 use iotlb_proto::table::writer::TARGET_LIMIT;
 use iotlb_proto::vhost_user::MemoryRegion;
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::{FileType, OFlags, SealFlags};
 use rustix::io::Errno;
 use smallvec::SmallVec;
 
@@ -34,7 +34,10 @@ pub(super) enum MemoryError {
     Stat { guest: u64, source: Errno },
     #[error("the region at guest address {guest:#x} is not backed by a memfd or regular file")]
     Kind { guest: u64 },
-    #[error("the descriptor of the region at guest address {guest:#x} is not open for reading and writing")]
+    #[error(
+        "the region at guest address {guest:#x} cannot be mapped for reading and writing: its descriptor is not open \
+         for both, or its file is sealed"
+    )]
     Mode { guest: u64 },
     #[error("the region at guest address {guest:#x} needs {needed} bytes of its file, which has {len}")]
     Short { guest: u64, needed: u64, len: u64 },
@@ -110,6 +113,14 @@ impl Plan {
     }
 }
 
+/// A region of a table that is not there yet.
+struct NewRegion {
+    description: MemoryRegion,
+    fd: OwnedFd,
+    file: (u64, u64),
+    align: u64,
+}
+
 /// All regions.
 #[derive(Debug)]
 pub(super) struct Memory {
@@ -129,33 +140,55 @@ impl Memory {
         &self.regions
     }
 
-    /// Checks a whole new table. Regions that are there already, same memory at the same addresses, are kept.
-    pub(super) fn plan_table(&mut self, table: Vec<(MemoryRegion, OwnedFd)>) -> Result<Plan, MemoryError> {
-        if table.len() > REGIONS_MAX {
-            return Err(MemoryError::TooMany(table.len()));
+    /// Checks a whole new table. Regions that are there already, same memory at the same addresses, are kept. So they
+    /// are where the table is refused; all others go in any case, since by this table their addresses mean something
+    /// else, or nothing.
+    pub(super) fn plan_table(&mut self, table: Vec<(MemoryRegion, OwnedFd)>) -> (Plan, Result<(), MemoryError>) {
+        let (kept, new) = self.sift(table);
+        let mut plan = Plan { next: kept.clone(), removed: Vec::new(), added: Vec::new() };
+        let result = new.and_then(|new| self.extend(&mut plan, new));
+        if result.is_err() {
+            (plan.next, plan.added) = (kept, Vec::new());
         }
+        let stays = |id| plan.next.iter().any(|region| region.info.id == id);
+        plan.removed = self.regions.iter().map(|region| region.info.id).filter(|id| !stays(*id)).collect();
+        (plan, result)
+    }
+
+    /// Tells the regions of a table that are there already from those that are not, or why one of those cannot be had.
+    fn sift(&self, table: Vec<(MemoryRegion, OwnedFd)>) -> (Vec<Region>, Result<Vec<NewRegion>, MemoryError>) {
         let mut kept: Vec<Region> = Vec::new();
-        let mut new = Vec::new();
+        let mut new = if table.len() > REGIONS_MAX { Err(MemoryError::TooMany(table.len())) } else { Ok(Vec::new()) };
         for (description, fd) in table {
-            let (file, align) = check(&description, &fd)?;
+            let (file, align) = match check(&description, &fd) {
+                Ok(checked) => checked,
+                Err(error) => {
+                    new = new.and(Err(error));
+                    continue;
+                }
+            };
             match self.regions.iter().find(|region| {
                 region.is(&description) && region.file == file && region.info.file_offset == description.mmap_offset
             }) {
                 Some(region) if !kept.iter().any(|k| k.info.id == region.info.id) => kept.push(region.clone()),
-                _ => new.push((description, fd, file, align)),
+                _ => {
+                    if let Ok(new) = &mut new {
+                        new.push(NewRegion { description, fd, file, align });
+                    }
+                }
             }
         }
-        let mut next = kept;
-        let mut added = Vec::new();
-        for (description, fd, file, align) in new {
-            let region = self.place(&next, &description, fd, file, align)?;
-            added.push(region.share());
-            next.push(region);
+        kept.sort_unstable_by_key(|region| region.user_address);
+        (kept, new)
+    }
+
+    fn extend(&mut self, plan: &mut Plan, new: Vec<NewRegion>) -> Result<(), MemoryError> {
+        for NewRegion { description, fd, file, align } in new {
+            let region = self.place(&plan.next, &description, fd, file, align)?;
+            plan.added.push(region.share());
+            plan.next.push(region);
         }
-        sort(&mut next)?;
-        let removed =
-            self.regions.iter().map(|r| r.info.id).filter(|id| !next.iter().any(|r| r.info.id == *id)).collect();
-        Ok(Plan { next, removed, added })
+        sort(&mut plan.next)
     }
 
     /// Checks one more region.
@@ -337,6 +370,11 @@ fn check(description: &MemoryRegion, fd: &OwnedFd) -> Result<((u64, u64), u64), 
     if flags & OFlags::ACCMODE != OFlags::RDWR {
         return Err(MemoryError::Mode { guest });
     }
+    // An Err means that such a file has no seals.
+    let seals = rustix::fs::fcntl_get_seals(fd).unwrap_or(SealFlags::empty());
+    if seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE) {
+        return Err(MemoryError::Mode { guest });
+    }
     let len = u64::try_from(stat.st_size).unwrap_or(0);
     if len < needed {
         return Err(MemoryError::Short { guest, needed, len });
@@ -365,7 +403,8 @@ mod tests {
         let mut memory = Memory::new(1 << 40);
         let table = [(0, 0x10_0000), (0x1000_0000, 0x11_0000), (0x2000_0000, 0x20_0000)]
             .map(|(guest, user)| (description(guest, 0x1_0000, user), memfd(0x1_0000)));
-        let mut plan = memory.plan_table(table.into()).expect("a table");
+        let (mut plan, result) = memory.plan_table(table.into());
+        result.expect("a table");
         memory.commit(&mut plan);
         memory
     }

@@ -117,12 +117,25 @@ impl Device {
         self.actions.push_back(Action::Reply { request, payload });
     }
 
-    /// Says no. Requests that are always answered are answered with what says least.
-    fn refuse(&mut self, header: Header, due: Due, error: &dyn std::error::Error) {
+    fn complain(&mut self, header: Header, error: &dyn std::error::Error) {
         self.counters.refused += 1;
         if self.may_complain() {
             tracing::warn!(request = header.request, %error, "request refused");
         }
+    }
+
+    /// What a request is answered with that is refused and takes something away all the same.
+    fn refused(&mut self, header: Header, due: Due, error: &dyn std::error::Error) -> Due {
+        self.complain(header, error);
+        match due {
+            Due::Number { request, .. } => Due::Number { request, value: REFUSED },
+            due => due,
+        }
+    }
+
+    /// Says no. Requests that are always answered are answered with what says least.
+    fn refuse(&mut self, header: Header, due: Due, error: &dyn std::error::Error) {
+        self.complain(header, error);
         const FEATURES: u32 = RequestCode::GetFeatures as u32;
         const PROTOCOL_FEATURES: u32 = RequestCode::GetProtocolFeatures as u32;
         const QUEUE_NUM: u32 = RequestCode::GetQueueNum as u32;
@@ -171,7 +184,11 @@ impl Device {
             }
 
             Request::SetMemTable(table) => {
-                let plan = self.memory.plan_table(table)?;
+                let (plan, result) = self.memory.plan_table(table);
+                let due = match result {
+                    Ok(()) => due,
+                    Err(error) => self.refused(header, due, &error),
+                };
                 self.clear_table();
                 if !plan.is_empty() {
                     self.table.note_taken();

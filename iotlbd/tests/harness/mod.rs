@@ -15,6 +15,13 @@ use iotlbd::device::{Action, Device, DeviceConfig, Event, ReplyPayload, WorkerId
 
 /// A table large enough that nothing is evicted.
 pub const ROOMY: u64 = 8 << 20;
+pub const MIB: u64 = 1 << 20;
+pub const USER: u64 = 0x7000_0000_0000;
+pub const RW: Access = Access::READ_WRITE;
+/// Where the ring of `started` lies.
+pub const DESC: u64 = 0xffff_e000;
+pub const AVAIL: u64 = 0xffff_f000;
+pub const USED: u64 = 0xffff_f240;
 
 pub struct Bench {
     pub device: Device,
@@ -199,4 +206,28 @@ pub fn channel() -> OwnedFd {
 pub fn header(request: &Request, need_reply: bool) -> Header {
     let flags = FLAG_VERSION | if need_reply { FLAG_NEED_REPLY } else { 0 };
     Header { request: request.number(), flags, size: 0 }
+}
+
+/// A net device with 4 MiB at guest address 0.
+pub fn bench() -> (Bench, OwnedFd) {
+    let fd = memfd(4 * MIB);
+    (Bench::net(&[(region(0, 4 * MIB, USER), &fd)]), fd)
+}
+
+/// The same with ring 0 started and its pages translated.
+pub fn started() -> (Bench, OwnedFd) {
+    let (mut bench, fd) = bench();
+    bench.start_ring(0, DESC, AVAIL, USED);
+    assert_eq!(bench.update(DESC, 4096, USER + 0x1000, RW), 0);
+    assert_eq!(bench.update(AVAIL, 4096, USER + 0x2000, RW), 0);
+    for _ in 0..bench.messages().len() {
+        bench.event(Event::MissReply { value: 0 });
+    }
+    assert_eq!(bench.messages(), []);
+    bench.actions.clear();
+    (bench, fd)
+}
+
+pub fn target(bench: &Bench, iova: u64) -> Option<u64> {
+    bench.device.table().lookup(iova).map(|leaf| leaf.target + (iova - leaf.first))
 }
