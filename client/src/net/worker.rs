@@ -163,7 +163,7 @@ fn attach_and_serve(options: &Options, signals: &Signals, pairs: &mut BTreeMap<u
     let mut reader = attachment.reader()?;
     let queues = loop {
         match attachment.claim_queues(&options.queues, CLAIM_TIMEOUT_MS) {
-            // Another worker has them; when it ends, we are next.
+            // The daemon is slow. Where another worker has them it says so at once.
             Err(ClaimError::TimedOut { .. }) if !signals.came(0) => {}
             Err(ClaimError::TimedOut { .. }) => return Ok(()),
             Err(ClaimError::DaemonDead) => return Err(PairError::Lost(Lost::DaemonDead).into()),

@@ -1,9 +1,12 @@
 //! What a server measures of itself, and where it writes that.
 
-use std::io;
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use hdrhistogram::Histogram;
+use rustix::fs::OFlags;
 use serde::Serialize;
 use tracing::warn;
 
@@ -97,10 +100,16 @@ impl Figures {
     }
 }
 
-/// Under another name first, so that a reader finds a whole file.
+/// Under another name first, so that a reader finds a whole file. What is there and is no file (a pipe, a terminal,
+/// `/dev/null`, a link to one) is written to as it stands: a file put in its place would take it from everybody.
 fn write(path: &Path, report: &Report) -> io::Result<()> {
     let mut text = serde_json::to_vec(report)?;
     text.push(b'\n');
+    if std::fs::symlink_metadata(path).is_ok_and(|there| !there.is_file()) {
+        // Without waiting: nobody may read.
+        let flags = OFlags::NONBLOCK.bits().cast_signed();
+        return OpenOptions::new().write(true).custom_flags(flags).open(path)?.write_all(&text);
+    }
     let mut new = path.as_os_str().to_owned();
     new.push(".new");
     std::fs::write(&new, text)?;
@@ -114,6 +123,27 @@ mod tests {
     use super::*;
     use crate::device::DeviceConfig;
 
+    fn device() -> Device {
+        let (table, _fd) = TableWriter::create(&TableConfig { size: 1 << 20, generation: 1 }).expect("a table");
+        Device::new(DeviceConfig::net(1, 400, 1 << 30), table)
+    }
+
+    #[test]
+    fn what_is_no_file_is_not_replaced() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (link, aim) = (folder.path().join("link"), folder.path().join("aim"));
+        std::fs::write(&aim, "").expect("a file");
+        std::os::unix::fs::symlink(&aim, &link).expect("a link");
+        Figures::new(Some(link.clone())).write(&device());
+        assert!(std::fs::symlink_metadata(&link).expect("still there").is_symlink());
+        assert!(std::fs::read_to_string(&aim).expect("a file").contains("counters"));
+
+        let pipe = folder.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+        Figures::new(Some(pipe.clone())).write(&device());
+        assert!(!std::fs::symlink_metadata(&pipe).expect("still there").is_file());
+    }
+
     #[test]
     fn only_invalidations_that_arrived_are_counted_and_a_missing_folder_is_no_end() {
         let folder = tempfile::tempdir().expect("a folder");
@@ -124,8 +154,7 @@ mod tests {
         assert!(figures.waits());
         figures.answered(350);
         figures.answered(999);
-        let (table, _fd) = TableWriter::create(&TableConfig { size: 1 << 20, generation: 1 }).expect("a table");
-        let device = Device::new(DeviceConfig::net(1, 400, 1 << 30), table);
+        let device = device();
         figures.write(&device);
         let text = std::fs::read_to_string(&path).expect("written");
         let value: serde_json::Value = serde_json::from_str(&text).expect("JSON");

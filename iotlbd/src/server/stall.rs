@@ -18,7 +18,8 @@ struct Holding {
     since_ns: u64,
     /// How many steps were taken.
     taken: Taken,
-    remind_ns: u64,
+    /// When the last of them was.
+    taken_ns: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -27,6 +28,7 @@ enum Taken {
     Reported,
     Revoked,
     Killed,
+    Reminded,
 }
 
 /// The next step to take.
@@ -46,22 +48,18 @@ impl Stall {
     /// A reply waits for this worker. Returns the step that is due; call again until there is none. With the time it
     /// has held the reply for, in ms.
     pub(crate) fn held(&mut self, now_ns: u64, policy: &StallPolicy) -> Option<(Step, u64)> {
-        let holding =
-            self.holding.get_or_insert(Holding { since_ns: now_ns, taken: Taken::Nothing, remind_ns: u64::MAX });
-        let held_ns = now_ns.saturating_sub(holding.since_ns);
-        let due = |ms: u32| held_ns >= u64::from(ms) * NS_PER_MS;
-        let step = match holding.taken {
-            Taken::Nothing if due(policy.report_ms) => (Taken::Reported, Step::Report),
-            Taken::Reported if due(policy.revoke_ms) => (Taken::Revoked, Step::Revoke),
-            Taken::Revoked if due(policy.kill_ms) => (Taken::Killed, Step::Kill),
-            Taken::Killed if now_ns >= holding.remind_ns => (Taken::Killed, Step::Remind),
-            _ => return None,
-        };
-        holding.taken = step.0;
-        if step.0 == Taken::Killed {
-            holding.remind_ns = now_ns.saturating_add(REMIND_NS);
+        let holding = self.holding.get_or_insert(Holding { since_ns: now_ns, taken: Taken::Nothing, taken_ns: now_ns });
+        if now_ns < holding.next_ns(policy) {
+            return None;
         }
-        Some((step.1, held_ns / NS_PER_MS))
+        (holding.taken, holding.taken_ns) = (holding.taken.next(), now_ns);
+        let step = match holding.taken {
+            Taken::Nothing | Taken::Reported => Step::Report,
+            Taken::Revoked => Step::Revoke,
+            Taken::Killed => Step::Kill,
+            Taken::Reminded => Step::Remind,
+        };
+        Some((step, now_ns.saturating_sub(holding.since_ns) / NS_PER_MS))
     }
 
     /// Nothing waits for it any more. Returns whether it had been reported.
@@ -71,14 +69,33 @@ impl Stall {
 
     /// When [`Stall::held`] has something to say next.
     pub(crate) fn deadline_ns(&self, policy: &StallPolicy) -> Option<u64> {
-        let holding = self.holding.as_ref()?;
-        let after = |ms: u32| holding.since_ns.saturating_add(u64::from(ms) * NS_PER_MS);
-        Some(match holding.taken {
-            Taken::Nothing => after(policy.report_ms),
-            Taken::Reported => after(policy.revoke_ms),
-            Taken::Revoked => after(policy.kill_ms),
-            Taken::Killed => holding.remind_ns,
-        })
+        self.holding.as_ref().map(|holding| holding.next_ns(policy))
+    }
+}
+
+impl Holding {
+    /// When the next step is due. It waits for its time after the one before was taken, not after the wait began: who
+    /// was stopped together with this process for a while has the time it was promised when both go on.
+    fn next_ns(&self, policy: &StallPolicy) -> u64 {
+        let between = |from_ms: u32, to_ms: u32| u64::from(to_ms.saturating_sub(from_ms)) * NS_PER_MS;
+        let wait_ns = match self.taken {
+            Taken::Nothing => between(0, policy.report_ms),
+            Taken::Reported => between(policy.report_ms, policy.revoke_ms),
+            Taken::Revoked => between(policy.revoke_ms, policy.kill_ms),
+            Taken::Killed | Taken::Reminded => REMIND_NS,
+        };
+        self.taken_ns.saturating_add(wait_ns)
+    }
+}
+
+impl Taken {
+    fn next(self) -> Taken {
+        match self {
+            Taken::Nothing => Taken::Reported,
+            Taken::Reported => Taken::Revoked,
+            Taken::Revoked => Taken::Killed,
+            Taken::Killed | Taken::Reminded => Taken::Reminded,
+        }
     }
 }
 
@@ -107,11 +124,15 @@ mod tests {
     }
 
     #[test]
-    fn a_late_look_takes_all_steps_that_are_due() {
+    fn a_late_look_takes_one_step_and_the_next_has_its_time() {
         let mut stall = Stall::default();
         stall.held(0, &POLICY);
         let steps: Vec<Step> = std::iter::from_fn(|| stall.held(6000 * MS, &POLICY)).map(|(step, _)| step).collect();
-        assert_eq!(steps, [Step::Report, Step::Revoke, Step::Kill]);
+        assert_eq!(steps, [Step::Report]);
+        assert_eq!(stall.deadline_ns(&POLICY), Some(6900 * MS));
+        assert_eq!(stall.held(6900 * MS, &POLICY), Some((Step::Revoke, 6900)));
+        assert_eq!(stall.held(10_899 * MS, &POLICY), None);
+        assert_eq!(stall.held(10_900 * MS, &POLICY), Some((Step::Kill, 10_900)));
     }
 
     #[test]
