@@ -241,7 +241,8 @@ impl<'r> Guard<'r> {
             return Err(Fault::Remapping);
         }
         let last = leaf.last.min(range.last());
-        let len = (last - iova).checked_add(1).ok_or(Fault::Invalid)?;
+        // A daemon that rewrites a range under this look-up could have it end before it.
+        let len = last.checked_sub(iova).and_then(|rest| rest.checked_add(1)).ok_or(Fault::Invalid)?;
         let offset = leaf.target.wrapping_add(iova.wrapping_sub(leaf.first));
         if !self.in_arena(offset, len) {
             return Err(Fault::Invalid);

@@ -213,6 +213,35 @@ fn the_daemons_death_is_seen_by_the_next_pin() {
 }
 
 #[test]
+fn a_pin_within_another_sees_the_end_too() {
+    let mut daemon = Daemon::new();
+    let attachment = daemon.attach().expect("attach");
+    let reader = attachment.reader().expect("a reader");
+    let outer = reader.pin().expect("the daemon lives");
+    drop(reader.pin().expect("the daemon lives"));
+    daemon.kill();
+    assert_eq!(reader.pin().expect_err("the daemon is dead"), PinError::DaemonDead);
+    assert!(!daemon.segment.is_drained(u64::MAX), "the outer pin goes on");
+    drop(outer);
+    assert!(daemon.segment.is_drained(u64::MAX), "and was the only one");
+}
+
+#[test]
+fn a_worker_that_cannot_go_on_says_so_when_nothing_of_it_pins() {
+    let mut daemon = Daemon::new();
+    let attachment = daemon.attach().expect("attach");
+    let reader = attachment.reader().expect("a reader");
+    // What the worker cannot read: it gives the attachment up, though daemon and socket live.
+    daemon.send_bytes(&[0xff; 3], &[]);
+    assert!(support::wait_readable(attachment.events(), support::PATIENCE));
+    assert_eq!(reader.pin().expect_err("given up"), PinError::DaemonDead);
+    drop(attachment);
+    drop(reader);
+    // Else the daemon counts its slots, and keeps its queues, until the process ends.
+    assert_eq!(daemon.receive().0, WorkerMessage::Revoked);
+}
+
+#[test]
 fn the_sockets_end_is_the_end() {
     let mut daemon = Daemon::new();
     let attachment = daemon.attach().expect("attach");

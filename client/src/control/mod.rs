@@ -58,15 +58,13 @@ impl Control {
         loop {
             match self.wait(stop) {
                 Ok(true) => {
-                    // The last reader is gone (each holds the attachment), so nothing here pins any more. Without
-                    // these words the daemon would count this worker's slots, and keep its queues, until the process
-                    // ends. An Err means that the daemon is gone already.
-                    let _ = self.shared.channel.send(&WorkerMessage::Revoked, &[]);
+                    self.leave();
                     break;
                 }
                 Ok(false) => {}
                 Err(error) => {
                     error!(%error, "control thread cannot wait; the attachment is over");
+                    self.leave_when_unused(stop);
                     break;
                 }
             }
@@ -78,6 +76,7 @@ impl Control {
                 }
                 Err(error) => {
                     error!(%error, "control socket: the attachment is over");
+                    self.leave_when_unused(stop);
                     break;
                 }
             }
@@ -88,6 +87,29 @@ impl Control {
         }
         self.shared.set_lost();
         self.shared.channel.shut_down();
+    }
+
+    /// The last reader is gone (each holds the attachment), so nothing here pins any more. Without these words the
+    /// daemon would count this worker's slots, and keep its queues, until the process ends.
+    fn leave(&self) {
+        // An Err means that the daemon is gone already.
+        let _ = self.shared.channel.send(&WorkerMessage::Revoked, &[]);
+    }
+
+    /// This side cannot go on, though the daemon may be alive: nobody pins anew, and the daemon hears of it when nobody
+    /// pins any more. Were the socket closed now, the queues would be lost to this process for as long as it lives.
+    fn leave_when_unused(&self, stop: &OwnedFd) {
+        self.shared.set_lost();
+        let mut fds = [PollFd::new(stop, PollFlags::IN)];
+        let timeout = Timespec { tv_sec: 0, tv_nsec: LIVENESS_PERIOD_NS };
+        while self.shared.liveness.alive() {
+            match poll(&mut fds, Some(&timeout)) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) => return self.leave(),
+                // Cannot be: one descriptor, which is open. Then the socket ends as it is.
+                Err(_) => return,
+            }
+        }
     }
 
     /// Waits for work; `true` when the thread is to end.

@@ -142,6 +142,8 @@ impl Reader {
         let shared = &*self.shared;
         let (signs, root) = (shared.signs(), shared.table.root());
         if epoch::is_pinned(&self.slot_word) {
+            // The outer pin may be an old one, or have been forgotten.
+            signs.check()?;
             self.inner.set(self.inner.get() + 1);
             self.due.set(self.due.get() | NESTED);
         } else {

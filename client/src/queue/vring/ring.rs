@@ -160,6 +160,8 @@ impl Vring {
         if let Some(broken) = self.state.broken {
             return Err(broken.into());
         }
+        // A burst that was forgotten instead of dropped has left them taken.
+        self.state.taken = 0;
         let used_access = if self.state.used_write_only { Access::WRITE } else { Access::READ_WRITE };
         if self.tables.as_ref().is_none_or(|t| t.key != key || t.used_access != used_access) {
             self.tables = None;

@@ -264,6 +264,14 @@ fn what_is_not_completed_goes_back_and_what_is_completed_is_published() {
     assert_eq!(taken, heads[1..]);
     burst.put_back();
     assert_eq!(burst.posted(), Ok(2));
+
+    // A burst that does not end leaves no chain behind either.
+    assert!(burst.next_chain().expect("present").is_some());
+    std::mem::forget(burst);
+    let mut burst = begin(&mut ring, &memory, &driver);
+    let first = burst.next_chain().expect("present").expect("posted");
+    assert_eq!(first.head(), heads[1]);
+    burst.complete(first, 7);
 }
 
 #[test]

@@ -351,6 +351,7 @@ impl Misses {
     fn judge<T: Translations>(&mut self, page: u64, value: u64, flight: Option<Flight>, to: &mut Surroundings<'_, T>) {
         let Some(entry) = self.pages.get_mut(page) else { return };
         let mut verdicts = Vec::new();
+        let mut passed_over = false;
         let mut anyone = false;
         for interest in &mut entry.waiters {
             let Some(waiter) = self.waiters.get(&interest.waiter) else { continue };
@@ -364,6 +365,7 @@ impl Misses {
                 _ => waiter.access.allows(f.access),
             });
             if !fits {
+                passed_over = true;
                 continue;
             }
             anyone = true;
@@ -384,7 +386,9 @@ impl Misses {
                 }
             }
         }
-        if value != 0 && !anyone && entry.waiters.len() > 1 {
+        // Who wanted less learns nothing from a refusal of more: from now on each is asked for in its turn, or somebody
+        // who always wants too much would keep the others from what they may have.
+        if value != 0 && (passed_over || !anyone) && entry.waiters.len() > 1 {
             entry.apart = true;
         }
         for (id, answer, failure) in verdicts {

@@ -128,6 +128,43 @@ fn without_replies_a_page_is_asked_for_again_when_somebody_has_waited_in_vain() 
     assert_eq!(asked, [1, 0, 1, 1, 1, 1]);
 }
 
+#[test]
+fn who_wants_too_much_on_and_on_does_not_keep_others_from_what_they_may_have() {
+    let (pages, mut actions) = (Pages::default(), VecDeque::new());
+    let mut misses = Misses::new(400);
+    let post = |misses: &mut Misses, worker, cell, access, actions: &mut VecDeque<Action>| {
+        let page = request(u32::from(cell), 0, PAGE_SIZE, access);
+        misses.post(WorkerId(worker), cell, page, 0, &mut around(&pages, actions));
+    };
+    // The guest lets the device read the page. Of worker 0 one of two misses always waits, and it wants to write.
+    post(&mut misses, 0, 0, Access::READ_WRITE, &mut actions);
+    misses.pump(&mut around(&pages, &mut actions));
+    post(&mut misses, 1, 0, Access::READ, &mut actions);
+    post(&mut misses, 0, 1, Access::READ_WRITE, &mut actions);
+    for round in 0.. {
+        assert!(round < 8, "the page is never asked for to be read");
+        let asked = actions.drain(..).find_map(|action| match action {
+            Action::SendBackEnd { message, .. } => Some(message.access),
+            _ => None,
+        });
+        if asked == Some(Access::READ) {
+            break;
+        }
+        assert!(misses.reply(1, &mut around(&pages, &mut actions)));
+        let denied: Vec<u16> = actions
+            .iter()
+            .filter_map(|action| match action {
+                Action::AnswerMiss { worker: WorkerId(0), cell, answer: Answer::Denied, .. } => Some(*cell),
+                _ => None,
+            })
+            .collect();
+        misses.pump(&mut around(&pages, &mut actions));
+        for cell in denied {
+            post(&mut misses, 0, cell, Access::READ_WRITE, &mut actions);
+        }
+    }
+}
+
 fn around<'a>(table: &'a Pages, actions: &'a mut VecDeque<Action>) -> Surroundings<'a, Pages> {
     Surroundings { table, actions, replies: true, now_ns: 0 }
 }
