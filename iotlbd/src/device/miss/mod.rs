@@ -454,7 +454,18 @@ impl Misses {
             }
             let interest = Interest { waiter: id, joined: self.flights.sent(), denials: 0, attempts: 0 };
             match self.pages.entry(page) {
-                Entry::Occupied(mut entry) => entry.get_mut().waiters.push(interest),
+                Entry::Occupied(mut entry) => {
+                    let miss = entry.get_mut();
+                    miss.waiters.push(interest);
+                    // It waits in the shorter queue of the two: who asks for little need not wait for all that somebody
+                    // else asked for before.
+                    if let State::Queued(place) = miss.state
+                        && self.turns.pages_of(owner) < self.turns.pages_of(place.owner())
+                    {
+                        self.turns.leave(place);
+                        miss.state = State::Queued(self.turns.join(owner, page));
+                    }
+                }
                 Entry::Vacant(entry) => {
                     let state = State::Queued(self.turns.join(owner, page));
                     entry.insert(PageMiss { state, apart: false, waiters: smallvec![interest] });

@@ -165,6 +165,24 @@ fn who_wants_too_much_on_and_on_does_not_keep_others_from_what_they_may_have() {
     }
 }
 
+#[test]
+fn a_page_that_somebody_else_queued_comes_in_ones_own_turn() {
+    let (pages, mut actions) = (Pages::default(), VecDeque::new());
+    let mut misses = Misses::new(400);
+    for cell in 0..20 {
+        let many = request(0, u64::from(cell) << 30, CELL_PAGES_MAX * PAGE_SIZE, Access::READ);
+        misses.post(WorkerId(0), cell, many, 0, &mut around(&pages, &mut actions));
+    }
+    misses.pump(&mut around(&pages, &mut actions));
+    assert_eq!(sent(&mut actions).len(), IN_FLIGHT_MAX, "the rest waits");
+    let wanted = 19 << 30;
+    misses.post(WorkerId(1), 0, request(0, wanted, PAGE_SIZE, Access::READ), 0, &mut around(&pages, &mut actions));
+    assert!(misses.reply(0, &mut around(&pages, &mut actions)));
+    misses.pump(&mut around(&pages, &mut actions));
+    let batch = sent(&mut actions);
+    assert!(batch.len() < IN_FLIGHT_MAX && batch.iter().any(|(page, _)| *page == wanted), "{batch:?}");
+}
+
 fn around<'a>(table: &'a Pages, actions: &'a mut VecDeque<Action>) -> Surroundings<'a, Pages> {
     Surroundings { table, actions, replies: true, now_ns: 0 }
 }

@@ -122,6 +122,11 @@ impl Turns {
         page
     }
 
+    /// How many pages wait in a queue.
+    pub(super) fn pages_of(&self, owner: Owner) -> usize {
+        self.queues.get(&owner).map_or(0, |queue| queue.pages)
+    }
+
     /// Whether nobody waits.
     pub(super) fn is_empty(&self) -> bool {
         self.queues.is_empty()
