@@ -109,7 +109,6 @@ impl Shared {
             segment: parts.segment,
             liveness: parts.liveness,
             arena: parts.arena,
-            // Relaxed: only that each gets another number counts. 64 bits do not come round.
             source: Source::unique(),
             doorbell: parts.doorbell,
             channel: parts.channel,

@@ -215,40 +215,29 @@ fn what_cannot_be_reached_is_refused_and_supersedes_what_was_there() {
 fn ring_pages_that_cannot_be_reached_are_not_asked_for_on_and_on() {
     let (mut bench, _fd) = bench();
     bench.start_ring(0, DESC, AVAIL, USED);
+    let answer_all = |bench: &mut Bench, update: fn(u64) -> (u64, u64, u64)| {
+        let mut asked = 0;
+        loop {
+            let messages = bench.messages();
+            if messages.is_empty() {
+                break;
+            }
+            for (miss, need_reply) in messages {
+                asked += 1;
+                assert!(asked < 100, "it never ends");
+                let (iova, size, user) = update(miss.iova & !4095);
+                assert_eq!(bench.update(iova, size, user, RW), 1);
+                if need_reply {
+                    bench.event(Event::MissReply { value: 0 });
+                }
+            }
+        }
+    };
     // Each page is answered, and always with memory outside every region.
-    let mut asked = 0;
-    loop {
-        let messages = bench.messages();
-        if messages.is_empty() {
-            break;
-        }
-        for (miss, need_reply) in messages {
-            asked += 1;
-            assert!(asked < 100, "it never ends");
-            assert_eq!(bench.update(miss.iova & !4095, 4096, USER + (1 << 40), RW), 1);
-            if need_reply {
-                bench.event(Event::MissReply { value: 0 });
-            }
-        }
-    }
+    answer_all(&mut bench, |page| (page, 4096, USER + (1 << 40)));
     // The same with one UPDATE for all three pages, of which the first is memory.
-    let end = USER + 4 * MIB - 4096;
     bench.start_ring(1, DESC - 4096, DESC, AVAIL);
-    let mut asked = 0;
-    loop {
-        let messages = bench.messages();
-        if messages.is_empty() {
-            break;
-        }
-        for (_, need_reply) in messages {
-            asked += 1;
-            assert!(asked < 100, "it never ends");
-            assert_eq!(bench.update(DESC - 4096, 3 * 4096, end, RW), 1);
-            if need_reply {
-                bench.event(Event::MissReply { value: 0 });
-            }
-        }
-    }
+    answer_all(&mut bench, |_| (DESC - 4096, 3 * 4096, USER + 4 * MIB - 4096));
     // What was there and is replaced by such a page is asked for anew.
     assert_eq!(bench.update(DESC, 4096, USER, RW), 0);
     assert_eq!(bench.update(DESC, 4096, USER + (1 << 40), RW), 1);

@@ -70,9 +70,7 @@ impl Device {
         if self.may_complain() {
             tracing::warn!(?message, "UPDATE names memory outside the memory table or no permission, or wraps");
         }
-        if let Due::Number { request, .. } = job.due {
-            job.due = Due::Number { request, value: 1 };
-        }
+        job.due = job.due.refused();
     }
 
     /// Whether the table has a page of a started ring in `range`, which goes and is to be asked for again. What is not

@@ -16,11 +16,9 @@ use super::machine::Device;
 use super::memory::{MemoryError, REGIONS_MAX};
 use super::ring::{ADDRESS_LOG, Kick, RingError, areas, check_size, told};
 use super::session::STATUS_FEATURES_OK;
-use super::take::{Due, Job};
+use super::take::{Due, Job, REFUSED};
 use super::{Action, ReplyPayload};
 
-/// What a refused request is answered with where a reply is due.
-const REFUSED: u64 = 1;
 /// Longest configuration space the specification allows, in bytes.
 const CONFIG_MAX: usize = 256;
 
@@ -124,15 +122,6 @@ impl Device {
         }
     }
 
-    /// What a request is answered with that is refused and takes something away all the same.
-    fn refused(&mut self, header: Header, due: Due, error: &dyn std::error::Error) -> Due {
-        self.complain(header, error);
-        match due {
-            Due::Number { request, .. } => Due::Number { request, value: REFUSED },
-            due => due,
-        }
-    }
-
     /// Says no. Requests that are always answered are answered with what says least.
     fn refuse(&mut self, header: Header, due: Due, error: &dyn std::error::Error) {
         self.complain(header, error);
@@ -187,7 +176,10 @@ impl Device {
                 let (plan, result) = self.memory.plan_table(table);
                 let due = match result {
                     Ok(()) => due,
-                    Err(error) => self.refused(header, due, &error),
+                    Err(error) => {
+                        self.complain(header, &error);
+                        due.refused()
+                    }
                 };
                 self.clear_table();
                 if !plan.is_empty() {
@@ -355,9 +347,7 @@ impl Device {
                 let bits = features & !offered;
                 tracing::warn!(bits = format_args!("{bits:#x}"), "SET_FEATURES names bits that were not offered");
             }
-            if let Due::Number { value, .. } = &mut due {
-                *value = REFUSED;
-            }
+            due = due.refused();
         }
         if (before ^ acked) & virtio::LOG_ALL != 0 {
             self.table.note_taken();

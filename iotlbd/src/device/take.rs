@@ -39,6 +39,19 @@ pub(super) enum Due {
     VringBase { request: u32, ring: u16 },
 }
 
+/// What a refused request is answered with where a reply is due.
+pub(super) const REFUSED: u64 = 1;
+
+impl Due {
+    /// The same for a request that is refused, though it may take something away.
+    pub(super) fn refused(self) -> Due {
+        match self {
+            Due::Number { request, .. } => Due::Number { request, value: REFUSED },
+            due => due,
+        }
+    }
+}
+
 /// A change of translations.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Part {

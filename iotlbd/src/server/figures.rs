@@ -108,7 +108,7 @@ fn write(path: &Path, report: &Report) -> io::Result<()> {
     if std::fs::symlink_metadata(path).is_ok_and(|there| !there.is_file()) {
         // Without waiting: nobody may read.
         let flags = OFlags::NONBLOCK.bits().cast_signed();
-        return OpenOptions::new().write(true).custom_flags(flags).open(path)?.write_all(&text);
+        return OpenOptions::new().write(true).truncate(true).custom_flags(flags).open(path)?.write_all(&text);
     }
     let mut new = path.as_os_str().to_owned();
     new.push(".new");
@@ -132,11 +132,12 @@ mod tests {
     fn what_is_no_file_is_not_replaced() {
         let folder = tempfile::tempdir().expect("a folder");
         let (link, aim) = (folder.path().join("link"), folder.path().join("aim"));
-        std::fs::write(&aim, "").expect("a file");
+        std::fs::write(&aim, "x".repeat(1 << 16)).expect("a file");
         std::os::unix::fs::symlink(&aim, &link).expect("a link");
         Figures::new(Some(link.clone())).write(&device());
         assert!(std::fs::symlink_metadata(&link).expect("still there").is_symlink());
-        assert!(std::fs::read_to_string(&aim).expect("a file").contains("counters"));
+        let text = std::fs::read_to_string(&aim).expect("a file");
+        assert!(serde_json::from_str::<serde_json::Value>(&text).is_ok(), "what was there before is left behind");
 
         let pipe = folder.path().join("pipe");
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
