@@ -22,10 +22,8 @@ use server_support::{RawWorker, TIMEOUT_MS, connect, hear, say, started_front_en
 
 const CHILD_CONTROL: &str = "IOTLBD_TEST_CHILD_CONTROL";
 
-/// What an idle daemon may use in a second, in clock ticks: the kernel charges whole ticks.
-const IDLE_TICKS_MAX: u64 = 2;
-/// How often an idle daemon may wake up in a second: the end of the work before, a late timer.
-const IDLE_SLEEPS_MAX: u64 = 3;
+/// Within how many seconds an idle daemon must have had one without a wake-up.
+const IDLE_SECONDS_MAX: usize = 5;
 
 /// A daemon as a process, with its sockets in a directory of its own.
 struct Daemon {
@@ -448,19 +446,26 @@ fn an_idle_daemon_sleeps() {
     while daemon.activity().1 == before.1 {
         RawWorker::attach(&daemon.control()).leave();
     }
-    // What one wall-clock second costs is the thing measured here, hence the sleep. Meanwhile the worker reads, which
-    // is none of the daemon's business.
-    let (ticks, sleeps) = daemon.activity();
-    for _ in 0..200 {
-        worker.pin();
-        assert!(worker.table.lookup(u64::MAX).is_none());
-        worker.unpin();
-        std::thread::sleep(std::time::Duration::from_millis(5));
+    // What one wall-clock second costs is the thing measured here, hence the sleep. The end of the work before and its
+    // timers may fall into the first ones; what wakes an idle daemon again and again falls into all of them. Meanwhile
+    // the worker reads, which is none of the daemon's business.
+    let mut seconds = Vec::new();
+    while seconds.len() < IDLE_SECONDS_MAX {
+        let (ticks, sleeps) = daemon.activity();
+        for _ in 0..200 {
+            worker.pin();
+            assert!(worker.table.lookup(u64::MAX).is_none());
+            worker.unpin();
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let now = daemon.activity();
+        let used = (now.0 - ticks, now.1 - sleeps);
+        seconds.push(used);
+        if used == (0, 0) {
+            break;
+        }
     }
-    let now = daemon.activity();
-    let (ticks, sleeps) = (now.0 - ticks, now.1 - sleeps);
-    assert!(ticks <= IDLE_TICKS_MAX, "{ticks} clock ticks in a second of nothing to do");
-    assert!(sleeps <= IDLE_SLEEPS_MAX, "woke up {sleeps} times in a second of nothing to do");
+    assert!(seconds.contains(&(0, 0)), "clock ticks and wake-ups in each second of nothing to do: {seconds:?}");
     daemon.signal(Signal::TERM);
     assert!(daemon.end().0.success());
 }
