@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rustix::thread::CpuSet;
 
-use super::echo::{Echo, Sleeps};
+use super::echo::{Echo, Sleeps, Takes};
 use super::place::Place;
 use super::service::{IOVA_BASE, Service, invalidate, round_trip, round_trip_awake};
 use super::{Outcome, median_ns, time_ns};
@@ -30,10 +30,12 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
     restore(everywhere);
     let service = Service::start(place.answerer, false)?;
     bind(place.asker);
-    let peer = Echo::start(place.answerer, Sleeps::InReceive)?;
-    let epoll_peer = Echo::start(place.answerer, Sleeps::InEpoll)?;
+    let peer = Echo::start(place.answerer, Sleeps::InReceive, Takes::First)?;
+    let epoll_peer = Echo::start(place.answerer, Sleeps::InEpoll, Takes::First)?;
+    let late_peer = Echo::start(place.answerer, Sleeps::InReceive, Takes::Last)?;
     let echo = &peer.near;
-    let (mut updates, mut invalidates, mut echoes) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut updates, mut invalidates) = (Vec::new(), Vec::new());
+    let (mut echoes, mut late_echoes) = (Vec::new(), Vec::new());
     let (mut awake, mut awake_echoes) = (Vec::new(), Vec::new());
     for block in 0..BLOCKS {
         for n in 0..BLOCK {
@@ -47,11 +49,13 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
                 invalidates.push(invalidate_ns);
             }
         }
-        for n in 0..2 * BLOCK {
-            let (echo_ns, done) = time_ns(|| round_trip(echo, &invalidate(IOVA_BASE)));
-            done?;
-            if n >= WARM_UP {
-                echoes.push(echo_ns);
+        for (echo, times) in [(echo, &mut echoes), (&late_peer.near, &mut late_echoes)] {
+            for n in 0..2 * BLOCK {
+                let (echo_ns, done) = time_ns(|| round_trip(echo, &invalidate(IOVA_BASE)));
+                done?;
+                if n >= WARM_UP {
+                    times.push(echo_ns);
+                }
             }
         }
         for (stream, times) in [(&service.main, &mut awake), (echo, &mut awake_echoes)] {
@@ -65,11 +69,14 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
             }
         }
     }
-    let echo_ns = median_ns(&mut echoes);
+    let (echo_ns, late_echo_ns) = (median_ns(&mut echoes), median_ns(&mut late_echoes));
     for (name, times) in [("UPDATE", &mut updates), ("INVALIDATE", &mut invalidates)] {
         let name = format!("{name} acknowledged, one after the other");
         rows.push(Row::new(name, "ns", median_ns(times), echo_ns, "echo, polling", Target::CostsAtMost(1.2)));
     }
+    let name = "UPDATE, against an echo that takes as late as we do";
+    let late_row = Row::new(name, "ns", median_ns(&mut updates), late_echo_ns, "echo, takes last", Target::None);
+    rows.push(late_row);
     let (awake, awake_echo) = (median_ns(&mut awake), median_ns(&mut awake_echoes));
     let name = "UPDATE acknowledged, nobody sleeps";
     rows.push(Row::new(name, "ns", awake, awake_echo, "echo, nobody sleeps", Target::CostsAtMost(1.2)));
@@ -95,6 +102,7 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
     rows.push(Row::new(name, "ns", cold, median_ns(&mut cold_epoll), "echo, asleep in epoll_wait", limit));
     let name = "the same, against an echo for one socket";
     rows.push(Row::new(name, "ns", cold, median_ns(&mut cold_echoes), "echo, asleep in recv", Target::None));
+    late_peer.end()?;
     epoll_peer.end()?;
     peer.end()
 }

@@ -12,7 +12,7 @@ use iotlb_client::{Access, Answer, Reader};
 use iotlbd::sim::wire::{BACKEND_IOTLB, HEADER_LEN, MessageHeader};
 use rustix::thread::CpuSet;
 
-use super::echo::{Echo, Sleeps};
+use super::echo::{Echo, Sleeps, Takes};
 use super::place::Place;
 use super::service::{ACK_LEN, IOTLB_LEN, IOVA_BASE, Service, receive_awake, round_trip_awake};
 use super::{Outcome, median_ns, time_ns};
@@ -35,7 +35,7 @@ const ALLOWANCE_NS: f64 = 2_000.0;
 /// Adds the row.
 pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> Outcome {
     eprintln!("daemon: misses, busy polling");
-    let echo = Echo::start(place.answerer, Sleeps::InReceive)?;
+    let echo = Echo::start(place.answerer, Sleeps::InReceive, Takes::First)?;
     let (mut misses, mut round_trips) = (Vec::new(), Vec::new());
     for _ in 0..BLOCKS {
         restore(everywhere);

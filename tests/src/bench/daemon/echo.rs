@@ -26,6 +26,16 @@ pub(super) enum Sleeps {
     InReceive,
 }
 
+/// When it takes a message from its socket. To take it wakes up an asker that sleeps on its end, for nothing or for an
+/// answer that comes within the microsecond.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Takes {
+    /// Before it answers.
+    First,
+    /// After, as the daemon does.
+    Last,
+}
+
 /// A thread that answers. It sleeps while nobody asks.
 pub(super) struct Echo {
     /// Where to ask.
@@ -34,7 +44,7 @@ pub(super) struct Echo {
 }
 
 impl Echo {
-    pub(super) fn start(cpu: Option<usize>, sleeps: Sleeps) -> std::io::Result<Echo> {
+    pub(super) fn start(cpu: Option<usize>, sleeps: Sleeps, takes: Takes) -> std::io::Result<Echo> {
         let (near, far) = UnixStream::pair()?;
         let set = match sleeps {
             Sleeps::InReceive => None,
@@ -47,7 +57,7 @@ impl Echo {
         };
         let thread = std::thread::spawn(move || {
             bind(cpu);
-            answer(&far, set.as_ref());
+            answer(&far, set.as_ref(), takes);
         });
         Ok(Echo { near, thread })
     }
@@ -59,16 +69,22 @@ impl Echo {
 }
 
 /// Polls for a while after a message, yielding, then sleeps, in `set` if there is one.
-fn answer(stream: &UnixStream, set: Option<&OwnedFd>) {
+fn answer(stream: &UnixStream, set: Option<&OwnedFd>, takes: Takes) {
     let mut message = [0; IOTLB_LEN];
     let mut awake_until = Instant::now();
     let mut events = Vec::with_capacity(1);
     loop {
         let is_awake = Instant::now() < awake_until;
-        let flags = if is_awake || set.is_some() { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
+        let mut flags = if is_awake || set.is_some() { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
+        flags.set(RecvFlags::PEEK, takes == Takes::Last);
         match recv(stream, &mut message[..], flags) {
             Ok((IOTLB_LEN, _)) => {
                 if send(stream, &[0; ACK_LEN], SendFlags::NOSIGNAL).is_err() {
+                    return;
+                }
+                if takes == Takes::Last
+                    && !matches!(recv(stream, &mut message[..], RecvFlags::DONTWAIT), Ok((IOTLB_LEN, _)))
+                {
                     return;
                 }
                 awake_until = Instant::now() + POLLS;

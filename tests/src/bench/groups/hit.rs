@@ -5,7 +5,7 @@ use std::hint::black_box;
 use iotlb_client::{Access, Reader};
 use iotlb_proto::sync::{AtomicU64, Ordering};
 
-use super::{ACCESS_LEN, BURST, Outcome, Run, VISITS, visits};
+use super::{ACCESS_LEN, BURST, Outcome, Run, visits};
 use crate::bench::measure::{Contestant, interleave};
 use crate::bench::peers::{self, Ordered, PAGE, Page, VmMemory};
 use crate::bench::report::{Curve, Row, Target};
@@ -155,13 +155,14 @@ fn assert_hit(reader: &Reader, pages: &[Page]) {
 
 /// `count` lookups in pinned bursts, from visit `at` on; returns where it stopped.
 pub fn bursts(reader: &Reader, visits: &[u64], mut at: usize, count: u64) -> usize {
+    let mask = visits.len() - 1;
     let mut left = count;
     let mut sum = 0_usize;
     while left > 0 {
         let burst = left.min(BURST);
         let guard = reader.pin().expect("the daemon lives");
         for _ in 0..burst {
-            let iova = visits[at & (VISITS - 1)];
+            let iova = visits[at & mask];
             at += 1;
             match guard.translate(iova, ACCESS_LEN, Access::READ) {
                 Ok(mut segments) => {
@@ -178,6 +179,7 @@ pub fn bursts(reader: &Reader, visits: &[u64], mut at: usize, count: u64) -> usi
 
 /// As [`bursts`], but each address is known only when the lookup before it is done.
 fn dependent(reader: &Reader, visits: &[u64], mut at: usize, count: u64) -> usize {
+    let mask = visits.len() - 1;
     let mut left = count;
     let mut last = 0_u64;
     while left > 0 {
@@ -185,7 +187,7 @@ fn dependent(reader: &Reader, visits: &[u64], mut at: usize, count: u64) -> usiz
         let guard = reader.pin().expect("the daemon lives");
         for _ in 0..burst {
             // Adds 0, but only we know that: pointers to user memory have no bit 63.
-            let iova = visits[at & (VISITS - 1)] + (last >> 63);
+            let iova = visits[at & mask] + (last >> 63);
             at += 1;
             let mut found = guard.translate(iova, ACCESS_LEN, Access::READ).expect("a hit");
             last = found.next().map_or(0, |segment| segment.as_ptr().addr() as u64);
@@ -197,9 +199,10 @@ fn dependent(reader: &Reader, visits: &[u64], mut at: usize, count: u64) -> usiz
 }
 
 fn each(visits: &[u64], mut at: usize, count: u64, lookup: impl Fn(u64) -> u64) -> usize {
+    let mask = visits.len() - 1;
     let mut sum = 0_u64;
     for _ in 0..count {
-        sum = sum.wrapping_add(lookup(visits[at & (VISITS - 1)]));
+        sum = sum.wrapping_add(lookup(visits[at & mask]));
         at += 1;
     }
     black_box(sum);
@@ -207,13 +210,14 @@ fn each(visits: &[u64], mut at: usize, count: u64, lookup: impl Fn(u64) -> u64) 
 }
 
 fn vm_memory_bursts(peer: &VmMemory, visits: &[u64], mut at: usize, count: u64) -> usize {
+    let mask = visits.len() - 1;
     let mut left = count;
     let mut sum = 0_u64;
     while left > 0 {
         let burst = left.min(BURST);
         let guard = peer.0.read().expect("nobody panics with it");
         for _ in 0..burst {
-            sum = sum.wrapping_add(peers::lookup(&guard, visits[at & (VISITS - 1)], 64));
+            sum = sum.wrapping_add(peers::lookup(&guard, visits[at & mask], 64));
             at += 1;
         }
         left -= burst;
