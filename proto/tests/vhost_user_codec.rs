@@ -238,8 +238,8 @@ fn every_malformation_has_its_error() {
         (Code::SetMemTable, table_bytes(0, 1), 1, DecodeError::RegionCount { count: 0 }),
         (Code::SetMemTable, table_bytes(33, 32), 32, DecodeError::RegionCount { count: 33 }),
         (Code::SetMemTable, table_bytes(u32::MAX, 2), 2, DecodeError::RegionCount { count: u32::MAX }),
-        (Code::SetMemTable, table_bytes(2, 1), 2, size(Code::SetMemTable, 40, 72, 72)),
-        (Code::SetMemTable, table_bytes(1, 2), 1, size(Code::SetMemTable, 72, 40, 40)),
+        (Code::SetMemTable, table_bytes(2, 1), 2, size(Code::SetMemTable, 40, 72, big)),
+        (Code::SetMemTable, table_bytes(1, 2), 2, descriptors(Code::SetMemTable, 2, 1, 1)),
         (Code::SetMemTable, table_bytes(2, 2), 1, descriptors(Code::SetMemTable, 1, 2, 2)),
         (Code::SetMemTable, table_bytes(2, 2), 3, descriptors(Code::SetMemTable, 3, 2, 2)),
         (

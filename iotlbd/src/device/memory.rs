@@ -85,6 +85,11 @@ impl Region {
             && self.info.size == other.size
             && self.user_address == other.user_address
     }
+
+    /// Whether it is what is described: the same memory, from the same place of `file`, at the same addresses.
+    fn is_same(&self, other: &MemoryRegion, file: (u64, u64)) -> bool {
+        self.is(other) && self.file == file && self.info.file_offset == other.mmap_offset
+    }
 }
 
 /// A part of a user address range.
@@ -167,9 +172,7 @@ impl Memory {
                     continue;
                 }
             };
-            match self.regions.iter().find(|region| {
-                region.is(&description) && region.file == file && region.info.file_offset == description.mmap_offset
-            }) {
+            match self.regions.iter().find(|region| region.is_same(&description, file)) {
                 Some(region) if !kept.iter().any(|k| k.info.id == region.info.id) => kept.push(region.clone()),
                 _ => {
                     if let Ok(new) = &mut new {
@@ -191,18 +194,22 @@ impl Memory {
         sort(&mut plan.next)
     }
 
-    /// Checks one more region.
-    pub(super) fn plan_add(&mut self, description: &MemoryRegion, fd: OwnedFd) -> Result<Plan, MemoryError> {
+    /// Checks one more region; `None` if it is there already. QEMU up to 7.2 adds every region once for each pair of
+    /// queues.
+    pub(super) fn plan_add(&mut self, description: &MemoryRegion, fd: OwnedFd) -> Result<Option<Plan>, MemoryError> {
+        let (file, align) = check(description, &fd)?;
+        if self.regions.iter().any(|region| region.is_same(description, file)) {
+            return Ok(None);
+        }
         if self.regions.len() >= REGIONS_MAX {
             return Err(MemoryError::TooMany(self.regions.len() + 1));
         }
-        let (file, align) = check(description, &fd)?;
         let region = self.place(&self.regions.clone(), description, fd, file, align)?;
         let added = vec![region.share()];
         let mut next = self.regions.clone();
         next.push(region);
         sort(&mut next)?;
-        Ok(Plan { next, removed: Vec::new(), added })
+        Ok(Some(Plan { next, removed: Vec::new(), added }))
     }
 
     /// Finds a region to remove, by guest address, user address and size, as the specification has it.
@@ -451,7 +458,7 @@ mod tests {
         assert_eq!(rustix::io::pwrite(&fd, &[0x34, 0x12], 0x2002), Ok(2));
         let region = MemoryRegion { mmap_offset: 0x2000, ..description(0x10_0000, 0x2000, 0) };
         let shrunk = fd.try_clone().expect("a descriptor");
-        let mut plan = memory.plan_add(&region, fd).expect("a region");
+        let mut plan = memory.plan_add(&region, fd).expect("a region").expect("new");
         memory.commit(&mut plan);
         assert_eq!(memory.locate(0x10_0002), Some((1, 2)));
         assert_eq!(memory.read_u16(1, 2), Some(0x1234));
@@ -465,7 +472,7 @@ mod tests {
     fn a_small_arena_is_filled_and_then_refused() {
         let mut memory = Memory::new(4 << 20);
         let mut add = |guest, user| {
-            let mut plan = memory.plan_add(&description(guest, 2 << 20, user), memfd(2 << 20))?;
+            let mut plan = memory.plan_add(&description(guest, 2 << 20, user), memfd(2 << 20))?.expect("new");
             let at = plan.added.first().map(|(info, _)| info.arena_offset);
             memory.commit(&mut plan);
             Ok::<_, MemoryError>(at)

@@ -86,11 +86,24 @@ impl Device {
         }
     }
 
+    /// The same for a request that is understood. The one that negotiates acknowledgements may ask for one already
+    /// (Linux's `virtio_uml` does, and waits).
+    fn due_for(&self, header: Header, request: &Request) -> Due {
+        match request {
+            Request::SetProtocolFeatures(features)
+                if header.needs_reply() && features & self.config.protocol_features & protocol::REPLY_ACK != 0 =>
+            {
+                Due::Number { request: header.request, value: 0 }
+            }
+            _ => self.due(header),
+        }
+    }
+
     /// Handles a request.
     pub(super) fn request(&mut self, header: Header, request: Request) {
         self.counters.requests += 1;
         // Before the request is handled: it may be the one that negotiates acknowledgements.
-        let due = self.due(header);
+        let due = self.due_for(header, &request);
         match self.dispatch(header, request, due) {
             Ok(Outcome::Ack) => self.acknowledge(due),
             Ok(Outcome::Reply(payload)) => self.reply(header.request, payload),
@@ -191,13 +204,21 @@ impl Device {
             Request::GetMaxMemSlots => number(u64::try_from(REGIONS_MAX).unwrap_or(u64::MAX)),
             Request::AddMemReg(description, fd) => {
                 self.needs(protocol::CONFIGURE_MEM_SLOTS, "CONFIGURE_MEM_SLOTS")?;
-                let plan = self.memory.plan_add(&description, fd)?;
+                let Some(plan) = self.memory.plan_add(&description, fd)? else { return Ok(Outcome::Ack) };
                 let identity = self.wants_identity();
                 Ok(Outcome::Job(Job { memory: Some(Box::new(plan)), identity, ask_rings: true, ..Job::give(due) }))
             }
             Request::RemMemReg(description) => {
                 self.needs(protocol::CONFIGURE_MEM_SLOTS, "CONFIGURE_MEM_SLOTS")?;
-                let (plan, region) = self.memory.plan_remove(&description)?;
+                let (plan, region) = match self.memory.plan_remove(&description) {
+                    Ok(found) => found,
+                    // A take is never answered with an error, and what was to go is not there. QEMU up to 7.2 removes
+                    // every region once for each pair of queues.
+                    Err(error) => {
+                        self.complain(header, &error);
+                        return Ok(Outcome::Job(Job::take(due)));
+                    }
+                };
                 // Entries are found by where they point, which is the region, whatever their IOVA is.
                 let (first, last) = region.arena();
                 let removal = TargetRemoval::new(first, last);
@@ -426,8 +447,14 @@ impl Device {
     }
 
     fn get_vring_base(&mut self, header: Header, index: u32) -> Result<Outcome, RequestError> {
-        let at = self.ring(index)?;
-        let ring = u16::try_from(index).map_err(|_| RingError::NoSuchRing(index))?;
+        let (at, ring) = match (self.ring(index), u16::try_from(index)) {
+            (Ok(at), Ok(ring)) => (at, ring),
+            // DPDK's virtio-user looks whether the answer is for the ring it asked for.
+            _ => {
+                self.complain(header, &RingError::NoSuchRing(index));
+                return Ok(Outcome::Reply(ReplyPayload::VringState { index, num: 0 }));
+            }
+        };
         if self.stop_ring(at) && !self.is_running() {
             // Front-ends send no invalidations for a stopped device, so nothing it translated may outlive the last
             // ring.

@@ -353,9 +353,16 @@ impl<'a> Message<'a> {
         Ok(region)
     }
 
+    /// QEMU 5.1 leaves out the upper half of the mmap offset, the last field. As zero it is wrong for offsets of 4 GiB
+    /// and more only, which no region of its own has.
     fn unchecked_region(&self) -> Result<MemoryRegion, DecodeError> {
-        let size = REGION_PREFIX_LEN + REGION_LEN;
-        let mut fields = self.payload_size(size, size)?;
+        const SIZE: usize = REGION_PREFIX_LEN + REGION_LEN;
+        const HALF: usize = SIZE - 4;
+        let size = if self.payload.len() == HALF { HALF } else { SIZE };
+        self.payload_size(size, size)?;
+        let mut whole = [0; SIZE];
+        whole[..size].copy_from_slice(self.payload);
+        let mut fields = Fields::new(&whole);
         fields.u64();
         Ok(region(&mut fields))
     }
@@ -369,8 +376,9 @@ impl<'a> Message<'a> {
             Ok(count) if (1..=REGIONS_MAX).contains(&count) => count,
             _ => return Err(DecodeError::RegionCount { count: announced }),
         };
-        let size = REGION_PREFIX_LEN + count * REGION_LEN;
-        self.payload_size(size, size)?;
+        // Linux's virtio_uml has room for two, whatever it announces.
+        let size_min = REGION_PREFIX_LEN + count * REGION_LEN;
+        self.payload_size(size_min, REGION_PREFIX_LEN + REGIONS_MAX * REGION_LEN)?;
         self.fd_count(count, count)?;
         let fds = std::mem::take(&mut self.fds);
         let mut regions = Vec::with_capacity(count);

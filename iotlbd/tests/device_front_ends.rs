@@ -1,0 +1,97 @@
+//! What front-ends other than today's QEMU say, and must be answered.
+
+mod harness;
+
+use harness::{Bench, MIB, ROOMY, USER, bench, memfd, region};
+use iotlb_proto::vhost_user::features::protocol;
+use iotlb_proto::vhost_user::header::{FLAG_NEED_REPLY, FLAG_VERSION};
+use iotlb_proto::vhost_user::{Header, Request, decode};
+use iotlbd::device::{Action, DeviceConfig, Event, MemoryChange, ReplyPayload};
+
+/// The payload of a message about regions: how many, then each as four numbers.
+fn regions_payload(count: u64, regions: &[[u64; 4]]) -> Vec<u8> {
+    let mut payload = count.to_ne_bytes().to_vec();
+    payload.extend(regions.as_flattened().iter().flat_map(|word| word.to_ne_bytes()));
+    payload
+}
+
+/// A device to which a front-end has connected.
+fn connected(pairs: u16) -> Bench {
+    let mut bench = Bench::new(DeviceConfig::net(pairs, 100, 1 << 40), ROOMY);
+    bench.event(Event::FrontEndConnected);
+    bench
+}
+
+/// QEMU 5.1 to 7.2: each pair of queues has its own list of what it has said.
+#[test]
+fn every_pair_of_queues_may_add_and_remove_a_region() {
+    let fd = memfd(4 * MIB);
+    let mut bench = connected(2);
+    bench.silent(Request::SetProtocolFeatures(bench.device.config().protocol_features));
+    let added = region(0, 4 * MIB, USER);
+    let add = || Request::AddMemReg(added, fd.try_clone().expect("duplicated"));
+    bench.ack(add());
+    bench.actions.clear();
+    bench.ack(add());
+    assert!(!bench.actions.iter().any(|action| matches!(action, Action::Memory(_))), "workers are told twice");
+    // The same addresses with another memory behind them are another region.
+    assert_eq!(bench.value(Request::AddMemReg(added, memfd(4 * MIB))), 1);
+    bench.ack(Request::RemMemReg(added));
+    bench.actions.clear();
+    bench.ack(Request::RemMemReg(added));
+    assert!(!bench.actions.iter().any(|action| matches!(action, Action::Memory(MemoryChange::Remove { .. }))));
+    bench.ack(add());
+}
+
+/// Linux's `virtio_uml`; the `vhost` crate's front-end, when it is told to ask early. Both wait.
+#[test]
+fn what_negotiates_acknowledgements_is_acknowledged() {
+    let features = protocol::REPLY_ACK | protocol::MQ;
+    let mut bench = connected(1);
+    bench.ack(Request::SetProtocolFeatures(features));
+    let mut bench = connected(1);
+    bench.silent(Request::SetProtocolFeatures(features));
+    let mut bench = connected(1);
+    assert_eq!(bench.request(Request::SetProtocolFeatures(protocol::MQ), true), [], "nothing is negotiated");
+}
+
+/// QEMU 5.1 cuts the mmap offset to its lower half.
+#[test]
+fn a_region_without_the_upper_half_of_its_offset_is_understood() {
+    let mut payload = regions_payload(0, &[[0, 4 * MIB, USER, 0x1000]]);
+    for len in [40, 36] {
+        payload.truncate(len);
+        let header =
+            Header { request: 37, flags: FLAG_VERSION | FLAG_NEED_REPLY, size: u32::try_from(len).expect("small") };
+        let got = decode(header, &payload, vec![memfd(8 * MIB)]);
+        assert!(matches!(&got, Ok(Request::AddMemReg(region, _)) if region.mmap_offset == 0x1000), "{got:?}");
+    }
+    for len in [32, 37, 39] {
+        payload.resize(len, 0);
+        let header =
+            Header { request: 37, flags: FLAG_VERSION | FLAG_NEED_REPLY, size: u32::try_from(len).expect("small") };
+        assert!(decode(header, &payload, vec![memfd(8 * MIB)]).is_err(), "{len}");
+    }
+}
+
+/// Linux's `virtio_uml`: room for two regions, one announced, one descriptor.
+#[test]
+fn a_memory_table_may_have_room_for_more() {
+    let mut payload = regions_payload(1, &[[0, 4 * MIB, USER, 0]]);
+    payload.resize(72, 0);
+    let header = Header { request: 5, flags: FLAG_VERSION, size: 72 };
+    let got = decode(header, &payload, vec![memfd(4 * MIB)]);
+    assert!(matches!(&got, Ok(Request::SetMemTable(table)) if table.len() == 1), "{got:?}");
+    payload[0] = 2;
+    assert!(decode(header, &payload, vec![memfd(4 * MIB)]).is_err(), "two regions, one descriptor");
+}
+
+/// DPDK's virtio-user compares the index in the answer.
+#[test]
+fn the_base_of_no_ring_is_answered_with_its_index() {
+    let (mut bench, _memory) = bench();
+    for index in [2, 1 << 16, u32::MAX] {
+        let got = bench.request(Request::GetVringBase { index }, false);
+        assert_eq!(got, [ReplyPayload::VringState { index, num: 0 }]);
+    }
+}
