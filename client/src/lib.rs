@@ -33,7 +33,7 @@
 //! | [`segments`] | what a translation yields |
 //! | [`miss`] | asking the daemon for what is not in the table |
 //! | [`memory`] | `vm_memory::GuestMemory` for a guard |
-//! | [`net`] | the reference worker `iotlb-net` |
+//! | `net` | the reference worker `iotlb-net`; a default feature |
 //! | [`queue`] | leased virtqueues and their descriptors |
 //! | [`thread_pins`] | how many pins this thread holds, over all devices |
 //!
@@ -53,6 +53,7 @@ mod eventfd;
 pub mod guard;
 pub mod memory;
 pub mod miss;
+#[cfg(feature = "net")]
 pub mod net;
 pub mod queue;
 pub mod reader;

@@ -1,4 +1,4 @@
-//! What the tests of more than one process share.
+//! Benchmarks, and what the tests with real guests and containers share.
 //!
 //! - [`mod@bench`]: measuring against peers.
 //! - [`containers`]: the shipped image, built and run with podman.

@@ -36,7 +36,7 @@ use error::{WELCOME_FDS, refused};
 pub struct AttachOptions {
     /// Device to attach to, at most 64 bytes; empty = the only one.
     pub device: String,
-    /// Free text for the daemon's status output, at most 64 bytes.
+    /// Free text for the daemon's log, at most 64 bytes.
     pub label: String,
     /// Longest the whole handshake may take, in milliseconds.
     pub timeout_ms: u32,
@@ -193,7 +193,7 @@ impl Attachment {
         self.shared().queues
     }
 
-    /// What the daemon calls this worker in logs and status.
+    /// What the daemon calls this worker in its log.
     #[must_use]
     pub fn worker(&self) -> u32 {
         self.shared().worker

@@ -46,11 +46,11 @@ pub struct Options {
     #[arg(long, value_name = "ADDRESS", conflicts_with = "tap")]
     pub echo_ip: Option<Ipv4Addr>,
 
-    /// Device to attach to [default: the only one]
+    /// Name of the device to attach to; a daemon's only one is "net0" [default: the only one]
     #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
     pub device: String,
 
-    /// Name of this worker in the daemon's status
+    /// Name of this worker in the daemon's log
     #[arg(long, value_name = "TEXT", default_value = "iotlb-net")]
     pub label: String,
 

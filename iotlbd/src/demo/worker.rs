@@ -97,7 +97,7 @@ fn work(options: &WorkerOptions) -> Result<(), WorkerError> {
     let attachment = Attachment::connect(&options.control_socket, &attach)?;
     let mut worker = Worker {
         reader: attachment.reader()?,
-        attachment,
+        _attachment: attachment,
         stamps: Stamps::new(options.key),
         random: Random::new(options.seed),
         report: WorkerReport::default(),
@@ -134,7 +134,8 @@ fn stop_flag() -> Arc<AtomicU32> {
 
 struct Worker {
     reader: Reader,
-    attachment: Attachment,
+    /// Held: a worker that drops it leaves.
+    _attachment: Attachment,
     stamps: Stamps,
     random: Random,
     report: WorkerReport,
@@ -160,8 +161,6 @@ impl Worker {
         self.report.lookups += left.hits + left.misses;
         if left.stale != 0 {
             self.report.stale_reads += left.stale;
-            // Relaxed: a counter, read for display.
-            self.attachment.segment().counters.stale_reads.fetch_add(left.stale, Ordering::Relaxed);
         }
         if left.remapping {
             self.reader.wait_mapped(MISS_TIMEOUT_MS);

@@ -5,8 +5,8 @@
 
 use std::mem::{offset_of, size_of};
 
-use super::Identity;
 use super::table::{Line, QUEUE_CAPACITY};
+use super::{Identity, LINE};
 use crate::sync::{AtomicU32, AtomicU64};
 
 /// `"iotlbWRK"`, little endian.
@@ -33,7 +33,7 @@ pub struct WorkerSegmentLayout {
     pub slots_high_water: Line,
     /// Worker sets bits, daemon takes them: cell `i` holds a new miss. Bit `i % 64` of word `i / 64`.
     pub posted: Posted,
-    /// Worker writes, daemon sums for status.
+    /// The worker writes and reads them; the daemon does neither.
     pub counters: Counters,
     /// Reader slots: 0 = not pinned, else the epoch that was pinned.
     pub slots: [Line; SLOT_CAPACITY],
@@ -73,8 +73,6 @@ pub struct Counters {
     pub chains: AtomicU64,
     /// Bytes moved on all queues.
     pub bytes: AtomicU64,
-    /// Times a reader saw what an acknowledged invalidation had taken away (test oracles only).
-    pub stale_reads: AtomicU64,
 }
 
 /// One miss. The worker fills `first`, `request`, then stores `state` = ticket | POSTED and sets the cell's bit; the
@@ -117,7 +115,7 @@ const _: () = {
     assert!(offset_of!(MissCell, request) == 8);
     assert!(offset_of!(MissCell, state) == 16);
     assert!(offset_of!(MissCell, sleeping) == 20);
-    assert!(offset_of!(WorkerSegmentLayout, slots_high_water) == 128);
+    assert!(offset_of!(WorkerSegmentLayout, slots_high_water) == LINE);
     assert!(offset_of!(WorkerSegmentLayout, posted) == 256);
     assert!(offset_of!(WorkerSegmentLayout, counters) == 384);
     assert!(offset_of!(WorkerSegmentLayout, slots) == 512);

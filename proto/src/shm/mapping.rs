@@ -64,7 +64,6 @@ unsafe impl SharedWords for crate::sync::AtomicU64 {}
 #[derive(Debug)]
 pub struct Mapping {
     raw: MmapRaw,
-    writable: bool,
 }
 
 impl Mapping {
@@ -74,7 +73,7 @@ impl Mapping {
     /// `mmap` or `madvise` failed.
     pub fn read_write(fd: BorrowedFd<'_>, len: usize) -> Result<Mapping, MappingError> {
         let raw = MmapOptions::new().len(len).map_raw(fd.as_raw_fd());
-        Mapping::new(raw, len, true)
+        Mapping::new(raw, len)
     }
 
     /// Maps `len` bytes of `fd` for reading. A store through the words it hands out ends the process with SIGSEGV.
@@ -83,14 +82,14 @@ impl Mapping {
     /// `mmap` or `madvise` failed.
     pub fn read_only(fd: BorrowedFd<'_>, len: usize) -> Result<Mapping, MappingError> {
         let raw = MmapOptions::new().len(len).map_raw_read_only(fd.as_raw_fd());
-        Mapping::new(raw, len, false)
+        Mapping::new(raw, len)
     }
 
-    fn new(raw: std::io::Result<MmapRaw>, len: usize, writable: bool) -> Result<Mapping, MappingError> {
+    fn new(raw: std::io::Result<MmapRaw>, len: usize) -> Result<Mapping, MappingError> {
         let raw = raw.map_err(|source| MappingError::Map { len, source })?;
         raw.advise(Advice::DontFork).map_err(MappingError::Advise)?;
         raw.advise(Advice::DontDump).map_err(MappingError::Advise)?;
-        Ok(Mapping { raw, writable })
+        Ok(Mapping { raw })
     }
 
     /// Bytes mapped.
@@ -103,12 +102,6 @@ impl Mapping {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.raw.len() == 0
-    }
-
-    /// Whether stores are possible.
-    #[must_use]
-    pub fn is_writable(&self) -> bool {
-        self.writable
     }
 
     /// The object at `offset`.
