@@ -5,6 +5,7 @@ mod support;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::UdpSocket;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
@@ -14,6 +15,7 @@ use iotlb_proto::iova::PAGE_SIZE;
 use iotlb_proto::table::QueueRecord;
 use iotlb_proto::vhost_user::features::virtio;
 use iotlb_proto::worker::Answer;
+use nix::sys::signal::{SigHandler, Signal};
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use support::namespace::{bring_up_with_addresses, in_a_namespace, ip, queues};
 use support::{Daemon, Memory, Next, PATIENCE, eventfd, take_count, wait_readable, wait_until};
@@ -52,14 +54,25 @@ impl Socket {
     }
 
     fn worker(&self, arguments: &[&str]) -> Child {
-        Command::new(env!("CARGO_BIN_EXE_iotlb-net"))
-            .arg("--control-socket")
-            .arg(&self.path)
-            .args(arguments)
-            .env("RUST_LOG", "info")
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the worker starts")
+        self.command(arguments).spawn().expect("the worker starts")
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_iotlb-net"));
+        command.arg("--control-socket").arg(&self.path).args(arguments);
+        command.env("RUST_LOG", "info").stderr(Stdio::piped());
+        command
+    }
+
+    /// A worker that finds `signal` to do this when it starts: whoever runs the tests may have it ignored.
+    fn worker_with(&self, signal: Signal, handler: SigHandler) -> Child {
+        let mut command = self.command(&["--queues", "0,1", "--echo"]);
+        // SAFETY: between fork and exec only sigaction is called, which is async-signal-safe, and no function is
+        // registered.
+        unsafe {
+            command.pre_exec(move || Ok(nix::sys::signal::signal(signal, handler).map(drop)?));
+        }
+        command.spawn().expect("the worker starts")
     }
 }
 
@@ -316,13 +329,46 @@ fn ping(payload: &[u8]) -> Vec<u8> {
     data
 }
 
-fn terminate(child: Child) {
+fn signal(child: &Child, signal: Signal) {
     let pid = nix::unistd::Pid::from_raw(child.id().try_into().expect("a pid"));
-    nix::sys::signal::kill(pid, nix::sys::signal::SIGTERM).expect("our own child");
+    nix::sys::signal::kill(pid, signal).expect("our own child");
+}
+
+fn terminate(child: Child) {
+    signal(&child, Signal::SIGTERM);
+    end(child);
+}
+
+/// Waits for the clean end that a signal asked for.
+fn end(child: Child) {
     let output = child.wait_with_output().expect("it ends");
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{:?}: {log}", output.status);
     assert!(log.contains("served"), "{log}");
+}
+
+#[test]
+fn other_signals_end_it_as_well_unless_they_are_ignored() {
+    for which in [Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT] {
+        let socket = Socket::new();
+        let worker = socket.worker_with(which, SigHandler::SigDfl);
+        let _stage = Stage::attach(&socket);
+        signal(&worker, which);
+        end(worker);
+    }
+    for which in [Signal::SIGHUP, Signal::SIGQUIT] {
+        let socket = Socket::new();
+        let worker = socket.worker_with(which, SigHandler::SigIgn);
+        let mut stage = Stage::attach(&socket);
+        signal(&worker, which);
+        stage.post_receive_buffers(100);
+        for count in 1..=2 {
+            stage.send(&fragment(0, &ping(b"hello")));
+            stage.bells[1].kick();
+            stage.wait_received(count);
+        }
+        terminate(worker);
+    }
 }
 
 #[test]

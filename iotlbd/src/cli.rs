@@ -261,7 +261,7 @@ fn serve(arguments: &ServeArgs) -> ExitCode {
     let stop = match stop {
         Ok(stop) => stop,
         Err(error) => {
-            error!("cannot watch for SIGTERM: {error}");
+            error!("cannot watch for the signals that end it: {error}");
             log.flush();
             return ExitCode::FAILURE;
         }

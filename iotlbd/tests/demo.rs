@@ -2,10 +2,12 @@
 
 use std::io::Read;
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use serde_json::Value;
 
 /// Longest any run may take. The runs are of a few seconds; only a hang gets here.
@@ -17,13 +19,13 @@ fn iotlbd(arguments: &[&str]) -> Output {
 }
 
 fn start(arguments: &[&str]) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_iotlbd"))
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("cargo has built the program")
+    command(arguments).spawn().expect("cargo has built the program")
+}
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_iotlbd"));
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
 }
 
 fn collect(mut child: Child) -> Output {
@@ -129,8 +131,25 @@ struct LongDemo {
 
 impl LongDemo {
     fn start() -> LongDemo {
-        let child = Some(start(&["demo", "--seconds", "600", "--json"]));
-        let mut demo = LongDemo { child, children: Vec::new() };
+        LongDemo::of(start(&["demo", "--seconds", "600", "--json"]))
+    }
+
+    /// A demo that finds `signal` to do this when it starts: whoever runs the tests may have it ignored.
+    fn start_with(seconds: &str, signal: Signal, disposition: libc::sighandler_t) -> LongDemo {
+        let mut command = command(&["demo", "--seconds", seconds, "--json"]);
+        // SAFETY: between fork and exec only signal is called, which is async-signal-safe, with one of the dispositions
+        // that are no function.
+        unsafe {
+            command.pre_exec(move || match libc::signal(signal.as_raw(), disposition) {
+                libc::SIG_ERR => Err(std::io::Error::last_os_error()),
+                _ => Ok(()),
+            });
+        }
+        LongDemo::of(command.spawn().expect("cargo has built the program"))
+    }
+
+    fn of(child: Child) -> LongDemo {
+        let mut demo = LongDemo { child: Some(child), children: Vec::new() };
         let deadline = Instant::now() + WATCHDOG;
         while demo.children.iter().filter(|(_, line)| line.contains("demo-worker")).count() < 2 {
             assert!(Instant::now() < deadline, "no workers: {:?}", demo.children);
@@ -170,7 +189,7 @@ fn wait_gone(pid: u32) {
     }
 }
 
-fn signal(pid: u32, signal: rustix::process::Signal) {
+fn signal(pid: u32, signal: Signal) {
     let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).expect("a process number");
     rustix::process::kill_process(pid, signal).expect("a process of ours");
 }
@@ -187,7 +206,7 @@ fn a_dead_worker_or_daemon_ends_the_demo_with_a_clear_error() {
                 |(_, line)| if victim == "demo-worker" { line.contains(victim) } else { !line.contains("demo-worker") },
             )
             .expect("three children");
-        signal(*pid, rustix::process::Signal::KILL);
+        signal(*pid, Signal::KILL);
         let output = demo.collect();
         assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
         let message = text(&output.stderr);
@@ -198,17 +217,29 @@ fn a_dead_worker_or_daemon_ends_the_demo_with_a_clear_error() {
 
 #[test]
 fn a_signal_ends_the_demo_early_and_well() {
-    let mut demo = LongDemo::start();
-    signal(demo.id(), rustix::process::Signal::INT);
+    for which in [Signal::INT, Signal::HUP, Signal::QUIT] {
+        let mut demo = LongDemo::start_with("600", which, libc::SIG_DFL);
+        signal(demo.id(), which);
+        let output = demo.collect();
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        assert_eq!(number(&json(&output), "/stale_reads"), 0);
+    }
+}
+
+#[test]
+fn a_signal_that_is_ignored_does_not_end_the_demo() {
+    let mut demo = LongDemo::start_with("3", Signal::HUP, libc::SIG_IGN);
+    signal(demo.id(), Signal::HUP);
     let output = demo.collect();
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    assert_eq!(number(&json(&output), "/stale_reads"), 0);
+    let summary = json(&output);
+    assert!(summary["seconds"].as_f64().is_some_and(|seconds| seconds >= 3.0), "{summary}");
 }
 
 #[test]
 fn nobody_outlives_a_killed_demo() {
     let mut demo = LongDemo::start();
-    signal(demo.id(), rustix::process::Signal::KILL);
+    signal(demo.id(), Signal::KILL);
     assert_eq!(demo.collect().status.code(), None);
 }
 

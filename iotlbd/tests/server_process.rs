@@ -57,8 +57,12 @@ impl Daemon {
     }
 
     fn start_with(flag: &str) -> Daemon {
+        Daemon::start_as(|command| command.arg(flag))
+    }
+
+    fn start_as(change: impl FnOnce(&mut Command) -> &mut Command) -> Daemon {
         let directory = tempfile::tempdir().expect("temporary directory");
-        let child = with_socket(directory.path()).arg(flag).spawn().expect("starts");
+        let child = change(&mut with_socket(directory.path())).spawn().expect("starts");
         wait_for(&directory.path().join("control"));
         let daemon = Daemon { directory, child };
         // Attaching waits until it serves.
@@ -125,17 +129,69 @@ fn guest() -> Guest {
     Guest::new(0, 1 << 20).expect("guest")
 }
 
+/// Says what the program finds `signal` to do when it starts: whoever runs the tests may have it ignored.
+fn with_disposition(command: &mut Command, signal: Signal, disposition: libc::sighandler_t) -> &mut Command {
+    // SAFETY: between fork and exec only signal is called, which is async-signal-safe, with one of the dispositions
+    // that are no function.
+    unsafe {
+        command.pre_exec(move || match libc::signal(signal.as_raw(), disposition) {
+            libc::SIG_ERR => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        })
+    }
+}
+
 #[test]
 fn signals_end_it_cleanly() {
     let _watchdog = watchdog();
-    for signal in [Signal::TERM, Signal::INT] {
-        let daemon = Daemon::start();
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT] {
+        let daemon = Daemon::start_as(|command| with_disposition(command, signal, libc::SIG_DFL));
         let _front_end = FrontEnd::connect(&daemon.front_end(), guest(), FrontEndOptions::default()).expect("served");
         let _worker = RawWorker::attach(&daemon.control());
         daemon.signal(signal);
         let (status, log) = daemon.end();
         assert!(status.success(), "{log}");
     }
+}
+
+#[test]
+fn signals_that_are_ignored_from_the_start_stay_so() {
+    let _watchdog = watchdog();
+    for signal in [Signal::HUP, Signal::QUIT] {
+        let daemon = Daemon::start_as(|command| with_disposition(command, signal, libc::SIG_IGN));
+        daemon.signal(signal);
+        // The signal came before them. One that is about to end may still let the first in.
+        for _ in 0..2 {
+            RawWorker::attach(&daemon.control()).leave();
+        }
+        daemon.signal(Signal::TERM);
+        let (status, log) = daemon.end();
+        assert!(status.success(), "{log}");
+    }
+}
+
+#[test]
+fn a_terminal_that_closes_ends_no_wait_for_workers() {
+    let _watchdog = watchdog();
+    let daemon = Daemon::start_as(|command| {
+        // The worker is this process: it must not be killed for its pin.
+        command.args(["--stall-revoke-ms=3600000", "--stall-kill-ms=3600000"]);
+        with_disposition(command, Signal::HUP, libc::SIG_DFL)
+    });
+    let _front_end = started_front_end(&daemon.front_end());
+    let worker = RawWorker::attach(&daemon.control());
+    worker.pin();
+    daemon.signal(Signal::HUP);
+    worker.wait_until_held();
+    // The shell says it too, or whoever ends the session does; only TERM counts, once.
+    daemon.signal(Signal::HUP);
+    daemon.signal(Signal::TERM);
+    // The signals came before it.
+    say(&worker.socket, &WorkerMessage::ClaimQueues { claim: 1, queues: vec![0] });
+    while !matches!(hear(&worker.socket).expect("it still serves").0, DaemonMessage::Lease(_)) {}
+    worker.unpin();
+    let (status, log) = daemon.end();
+    assert!(status.success(), "{log}");
 }
 
 #[test]

@@ -8,13 +8,13 @@ use iotlb_proto::sync::Ordering;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::echo::Echo;
 use super::lane::{Lane, Lost};
 use super::options::{Options, OptionsError, PairPlan};
 use super::pair::{Next, Pair, PairError, Port};
+use super::signals::stop_set;
 use super::tap::{Tap, TapError};
 use crate::{AttachError, AttachOptions, Attachment, ClaimError, ReaderError};
 
@@ -78,7 +78,8 @@ impl WorkerError {
     }
 }
 
-/// SIGTERM and SIGINT as a descriptor. To be made before any thread is, so that no thread gets them otherwise.
+/// The signals that end the worker, as a descriptor: SIGTERM, SIGINT, and SIGHUP and SIGQUIT unless they are ignored.
+/// To be made before any thread is, so that no thread gets them otherwise.
 #[derive(Debug)]
 pub struct Signals {
     fd: SignalFd,
@@ -91,9 +92,7 @@ impl Signals {
     ///
     /// [`WorkerError::System`].
     pub fn block() -> Result<Signals, WorkerError> {
-        let mut set = SigSet::empty();
-        set.add(Signal::SIGTERM);
-        set.add(Signal::SIGINT);
+        let set = stop_set();
         set.thread_block().map_err(system("blocking signals"))?;
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
         let fd = SignalFd::with_flags(&set, flags).map_err(system("signalfd"))?;

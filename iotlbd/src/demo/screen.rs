@@ -4,12 +4,12 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 
 use super::view::{Snapshot, Theme, draw};
+use crate::server::signals::stop_set;
 use crate::sim::channel::poll_fds;
 
 /// The terminal in raw mode on its alternate screen. Dropping it gives it back; so does a panic.
@@ -56,7 +56,7 @@ impl Drop for Screen {
     }
 }
 
-/// SIGINT, SIGTERM and SIGHUP as something to look at.
+/// The signals that end the demo, as they end the daemon, as something to look at.
 #[derive(Debug)]
 pub struct StopSignals {
     fd: SignalFd,
@@ -65,10 +65,7 @@ pub struct StopSignals {
 impl StopSignals {
     /// Blocks the signals for this thread and those it starts. Children begin with an empty mask.
     pub fn block() -> io::Result<StopSignals> {
-        let mut set = SigSet::empty();
-        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-            set.add(signal);
-        }
+        let set = stop_set();
         set.thread_block()?;
         let fd = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         Ok(StopSignals { fd })

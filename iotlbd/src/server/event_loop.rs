@@ -27,7 +27,7 @@ use super::leases::Leases;
 use super::pace::{Idle, Pace};
 use super::poller::{Poller, Ready, Token};
 use super::registry::Registry;
-use super::{ControlListener, ServerError};
+use super::{ControlListener, ServerError, signals};
 use crate::device::{Device, DeviceConfig, Event, WorkerId};
 use crate::log_budget::LogBudget;
 
@@ -64,6 +64,8 @@ pub(crate) struct EventLoop {
     /// The same for refused workers.
     pub(super) refusals: LogBudget,
     pub(super) stopping: bool,
+    /// Told to stop by what must not be said twice.
+    told: bool,
     pub(super) done: bool,
     pub(super) figures: Figures,
     /// Answered misses whose threads sleep, to be woken up with the next [`EventLoop::send_out`].
@@ -157,6 +159,7 @@ impl EventLoop {
             queue_errors: LogBudget::default(),
             refusals: LogBudget::default(),
             stopping: false,
+            told: false,
             done: false,
             figures: Figures::new(config.stats),
             sleepers: Vec::new(),
@@ -447,13 +450,14 @@ impl EventLoop {
     }
 
     fn told_to_stop(&mut self) -> Result<(), ServerError> {
-        // Takes a signal out of its descriptor, so that a second one is seen. What else it may be (a pipe, an
-        // eventfd) is read in vain, or once.
-        let mut signal = [0; 128];
-        let _ = rustix::io::read(&self.stop, &mut signal);
-        if self.stopping {
+        let counts = signals::take(&self.stop);
+        if counts && self.told {
             error!("told to stop again: not waiting for workers any longer");
             return Err(ServerError::Forced);
+        }
+        self.told |= counts;
+        if self.stopping {
+            return Ok(());
         }
         self.stopping = true;
         if let Some(listener) = self.door.listener() {

@@ -8,7 +8,7 @@
 //! | [`config`] | what a server is told |
 //! | [`listen`] | sockets in the file system, their locks, stale ones |
 //! | [`inherit`] | sockets handed in |
-//! | [`signals`] | SIGTERM as a descriptor |
+//! | [`signals`] | the signals that end it, as a descriptor |
 //! | `poller`, `alarm` | epoll and the timer |
 //! | `pace`, `cpu` | when the loop polls and when it sleeps, and where it runs |
 //! | `event_loop` | the loop: what woke it, in which order things are done |
@@ -152,7 +152,7 @@ impl Server {
     /// thread becomes the owner of the liveness word: when it ends, workers take the daemon for dead.
     ///
     /// The front-end's connection is closed only after all workers let go of guest memory. `stop` readable a second
-    /// time ends that wait.
+    /// time ends that wait; where it is a descriptor of [`signals`], SIGHUP does not count for that.
     ///
     /// # Errors
     /// The server cannot be set up or go on; or the processor it is to run on cannot be had.
