@@ -187,7 +187,8 @@ impl ServeArgs {
     /// Checks the flags against each other and makes the server's configuration of them.
     ///
     /// # Errors
-    /// A flag is missing or two do not fit. Takes over the descriptor of `--fd`, so call it once.
+    /// A flag is missing or two do not fit. Takes over the descriptor of `--fd`, so call it once, and first: see
+    /// [`Inherited::front_end_from_raw`].
     pub fn config(&self) -> Result<ServerConfig, CliError> {
         let (report, revoke, kill) = (self.stall_report_ms, self.stall_revoke_ms, self.stall_kill_ms);
         if report > revoke || revoke > kill {
@@ -255,6 +256,11 @@ fn print_capabilities() -> ExitCode {
 }
 
 fn serve(arguments: &ServeArgs) -> ExitCode {
+    // Before anything else is opened: after that, a wrong number in --fd could name a descriptor of our own.
+    let config = match arguments.config() {
+        Ok(config) => config,
+        Err(error) => return usage(&error),
+    };
     // Before any thread exists: threads inherit the mask, and a blocked signal reaches the descriptor only.
     let stop = signals::stop_signals();
     let log = log::start(&arguments.log_level);
@@ -265,10 +271,6 @@ fn serve(arguments: &ServeArgs) -> ExitCode {
             log.flush();
             return ExitCode::FAILURE;
         }
-    };
-    let config = match arguments.config() {
-        Ok(config) => config,
-        Err(error) => return usage(&error),
     };
     raise_descriptor_limit();
     let status = match crate::server::run(config, stop) {

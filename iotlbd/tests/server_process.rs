@@ -317,6 +317,31 @@ fn a_descriptor_that_leads_nowhere_is_refused() {
 }
 
 #[test]
+fn a_descriptor_that_nobody_passed_on_is_refused_as_such() {
+    let _watchdog = watchdog();
+    let directory = tempfile::tempdir().expect("temporary directory");
+    // The first numbers that are free when it starts: what it opened by itself before would be there.
+    for fd in 3..8 {
+        let mut command = command(directory.path());
+        command.arg(format!("--fd={fd}"));
+        // SAFETY: between fork and exec only close_range is called, which is a plain system call here, and which does
+        // not close what the standard library needs until then.
+        unsafe {
+            command.pre_exec(|| {
+                match libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed()) {
+                    0 => Ok(()),
+                    _ => Err(std::io::Error::last_os_error()),
+                }
+            });
+        }
+        let output = command.output().expect("runs");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(error.contains(&format!("--fd={fd}:")) && error.contains("not open in this process"), "{error}");
+    }
+}
+
+#[test]
 fn the_daemon_takes_as_many_descriptors_as_it_may() {
     let _watchdog = watchdog();
     let directory = tempfile::tempdir().expect("temporary directory");

@@ -32,6 +32,9 @@ pub enum InheritError {
     /// Not open.
     #[error("the descriptor is not open in this process; was it passed on (without close-on-exec)?")]
     NotOpen,
+    /// Not one that came from outside.
+    #[error("the descriptor was not passed on: this process opened it itself; name one that was")]
+    Own,
     /// Not a unix socket of the right type.
     #[error("the descriptor is not a unix {expected} socket")]
     WrongKind {
@@ -47,17 +50,21 @@ pub enum InheritError {
 }
 
 impl Inherited {
-    /// Takes over descriptor `fd` as the front-end's socket.
+    /// Takes over descriptor `fd` as the front-end's socket. Call it before this process opens any descriptor: a number
+    /// that was not passed on is then refused as not open.
     ///
     /// # Errors
-    /// It is not open, or not a unix stream socket.
+    /// It is not open, was opened here, or is not a unix stream socket.
     pub fn front_end_from_raw(fd: RawFd) -> Result<FrontEndSocket, InheritError> {
         // SAFETY: the number is only borrowed for this check. Whoever runs the program says with `--fd` that the
         // descriptor is ours; that it is open at all is what the call finds out.
         let open = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
-        fcntl_getfd(open).map_err(|_| InheritError::NotOpen)?;
+        // What is closed in programs that are started was not there when this one was. All that is opened here is so.
+        if fcntl_getfd(open).map_err(|_| InheritError::NotOpen)?.contains(FdFlags::CLOEXEC) {
+            return Err(InheritError::Own);
+        }
         // SAFETY: open, as just seen, and handed over for good by whoever gave `--fd`; nothing else in this process
-        // owns it, because it was there before the process began.
+        // owns it, because it was there before the process began, as its flag tells.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Inherited::front_end_from_fd(fd)
     }
@@ -86,4 +93,20 @@ pub(crate) fn prepare(fd: impl AsFd) -> io::Result<()> {
     fcntl_setfd(fd, fcntl_getfd(fd)? | FdFlags::CLOEXEC)?;
     fcntl_setfl(fd, fcntl_getfl(fd)? | OFlags::NONBLOCK)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_descriptor_of_our_own_is_refused_and_stays_open() {
+        let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+        let refused = Inherited::front_end_from_raw(ours.as_raw_fd());
+        assert!(matches!(refused, Err(InheritError::Own)), "{refused:?}");
+        rustix::io::write(&theirs, b"x").expect("the other end is open");
+    }
 }
