@@ -2,8 +2,13 @@
 
 mod server_support;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use iotlb_proto::access::Access;
 use iotlb_proto::control::{DaemonMessage, WorkerMessage};
@@ -13,8 +18,10 @@ use iotlb_proto::layout::table::NODE_ENTRIES;
 use iotlb_proto::sync::Ordering;
 use iotlb_proto::tree::SLICE_WORDS;
 use iotlb_proto::worker::Answer;
+use iotlbd::server::ServerError;
 use iotlbd::sim::SimError;
 use iotlbd::sim::front_end::{FrontEnd, FrontEndOptions};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use server_support::{RawWorker, Running, hear, say, started_front_end, started_front_end_with, watchdog};
 
 const IOVA: u64 = 0x10_0000;
@@ -280,6 +287,47 @@ fn stopping_drains_the_front_end_first() {
     assert!(worker.liveness.alive());
     worker.unpin();
     stopper.join().expect("stopped in good order");
+}
+
+/// Two ends of a connection of which the first takes long to close: until the second was read to its end.
+fn slow_to_close() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let mut slow = TcpStream::connect(listener.local_addr().expect("bound")).expect("connects");
+    let (other, _) = listener.accept().expect("accepts");
+    slow.set_nonblocking(true).expect("set");
+    while slow.write(&[0; 4096]).is_ok() {}
+    rustix::net::sockopt::set_socket_linger(&slow, Some(Duration::from_secs(60))).expect("set");
+    (slow, other)
+}
+
+#[test]
+fn a_server_that_does_not_wait_is_dead_for_workers_when_its_front_end_hears_of_the_end() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let worker = RawWorker::attach(&server.control());
+    let mut stream = UnixStream::connect(server.front_end()).expect("connects");
+    // GET_FEATURES. The answer says that there is a front-end to drain.
+    stream.write_all(&[1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]).expect("sends");
+    stream.read_exact(&mut [0; 20]).expect("an answer");
+    worker.pin();
+    server.tell();
+    worker.wait_until_held();
+    // The server does not read on. What is closed with the connection keeps it there, so that what it did before can be
+    // told from what it does afterwards.
+    let (slow, mut other) = slow_to_close();
+    let fds = [slow.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    sendmsg(&stream, &[IoSlice::new(&[1])], &mut control, SendFlags::empty()).expect("sends");
+    drop(slow);
+    server.tell();
+    let end = stream.read(&mut [0; 1]);
+    assert!(matches!(&end, Ok(0)) || end.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset));
+    // Now the front-end takes everything pending for done: no worker may pin any more.
+    assert!(!worker.liveness.alive(), "the front-end heard of the end first");
+    std::io::copy(&mut other, &mut std::io::sink()).expect("all that was sent");
+    assert!(matches!(server.ended(), Err(ServerError::Forced)));
 }
 
 #[test]

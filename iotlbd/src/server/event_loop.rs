@@ -40,6 +40,9 @@ const LEFT_NS: u64 = 50_000;
 /// Everything the server owns.
 #[derive(Debug)]
 pub(crate) struct EventLoop {
+    /// First, since fields go in this order: on every way out workers take the daemon for dead before the front-end's
+    /// connection closes. Where that was not drained, a pin in between would find what the front-end takes for done.
+    _liveness: LivenessOwner,
     pub(super) poller: Poller,
     pub(super) alarm: Alarm,
     pub(super) stop: OwnedFd,
@@ -81,8 +84,6 @@ pub(crate) struct EventLoop {
     doorbell_wanted: bool,
     /// The loop slept before this round.
     slept: bool,
-    /// Last: when it goes, workers take the daemon for dead.
-    _liveness: LivenessOwner,
 }
 
 /// What does not change while a server lives.
@@ -139,6 +140,7 @@ impl EventLoop {
             poller.watch(listener, Token::FrontEndListener).map_err(loop_error("watch the front-end socket"))?;
         }
         Ok(EventLoop {
+            _liveness: owner,
             poller,
             alarm,
             stop,
@@ -169,7 +171,6 @@ impl EventLoop {
             pace,
             doorbell_wanted: false,
             slept: false,
-            _liveness: owner,
         })
     }
 

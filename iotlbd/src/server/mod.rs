@@ -152,7 +152,9 @@ impl Server {
     /// thread becomes the owner of the liveness word: when it ends, workers take the daemon for dead.
     ///
     /// The front-end's connection is closed only after all workers let go of guest memory. `stop` readable a second
-    /// time ends that wait; where it is a descriptor of [`signals`], SIGHUP does not count for that.
+    /// time ends that wait; where it is a descriptor of [`signals`], SIGHUP does not count for that. An end without it,
+    /// or by an error, is as when the process dies: nobody can pin any more when the connection closes, but who is
+    /// pinned at that moment goes on until it unpins.
     ///
     /// # Errors
     /// The server cannot be set up or go on; or the processor it is to run on cannot be had.

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, missing_docs, missing_debug_implementations)] // each test binary uses a part of it
 
+use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
@@ -74,6 +75,17 @@ impl Running {
 
     pub fn control(&self) -> PathBuf {
         self.directory.path().join("control")
+    }
+
+    /// Tells the server to stop, or tells it again.
+    pub fn tell(&self) {
+        // It reads all that is there, so each byte is news. An Err shows in how the server ends.
+        let _ = self.stop.as_ref().map(|mut stop| stop.write_all(&[0]));
+    }
+
+    /// How the server ends, once it was told.
+    pub fn ended(mut self) -> Result<(), ServerError> {
+        self.thread.take().expect("runs").join().expect("no panic")
     }
 
     /// Ends the server and expects that it ended well and cleaned up.
