@@ -44,6 +44,8 @@
 //!   `MSG_ZEROCOPY`, `vmsplice`): bounce instead.
 //! - Pins are not async-signal-safe: never pin in a signal handler.
 //! - Guest memory changes under the reader's hands. Copy first, check the copy.
+//! - A forked child may drop what it inherited, which leaves its parent's alone, and do nothing else with it. It must
+//!   not even drop a guard, which unpins in memory that is not there: never fork while pinned.
 
 mod arena;
 pub mod attach;

@@ -57,6 +57,8 @@ pub(crate) struct Shared {
     pub(crate) worker: u32,
     pub(crate) device: String,
     pub(crate) queues: u16,
+    /// Number of the process that attached.
+    process: u32,
     /// Set of `STATE_*`.
     state: AtomicU32,
     /// Memory-map generation up to which the arena is what the daemon said.
@@ -119,6 +121,7 @@ impl Shared {
             worker: parts.worker,
             device: parts.device,
             queues: parts.queues,
+            process: std::process::id(),
             state: AtomicU32::new(0),
             mapped_generation: AtomicU64::new(0),
             complete_generation: AtomicU64::new(0),
@@ -136,6 +139,14 @@ impl Shared {
     #[inline]
     pub(crate) fn signs(&self) -> Signs<'_> {
         Signs { state: &self.state, liveness: self.liveness.word() }
+    }
+
+    /// Whether this is the process that attached. A forked child of it has copies of all handles, but neither the
+    /// shared memory nor the threads, and its descriptors are the parent's as well; also, a lock may be held for ever
+    /// there by a thread it has not got. So what a child drops must leave all that alone. A system call: not for every
+    /// pin.
+    pub(crate) fn is_ours(&self) -> bool {
+        std::process::id() == self.process
     }
 
     pub(crate) fn set_revoked(&self) {

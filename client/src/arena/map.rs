@@ -33,6 +33,8 @@ pub(crate) struct Reservation {
     len: usize,
     /// Ranges of offsets that may be somebody else's by now, by order. Nothing is mapped or unmapped there any more.
     lost: Mutex<Vec<Range<usize>>>,
+    /// Number of the process that reserved it.
+    process: u32,
 }
 
 // SAFETY: a reservation is an address and numbers; the system calls that use them may come from any thread.
@@ -59,7 +61,7 @@ impl Reservation {
             let _ = unsafe { munmap(base.wrapping_add(len).cast::<c_void>(), tail) };
         }
         let base = NonNull::new(base).ok_or(io::ErrorKind::OutOfMemory)?;
-        let reservation = Reservation { base, len, lost: Mutex::default() };
+        let reservation = Reservation { base, len, lost: Mutex::default(), process: std::process::id() };
         reservation.keep_private(0, len)?;
         Ok(reservation)
     }
@@ -183,6 +185,11 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
+        // A forked child has not got the range: what is there by now is something else. Nor may it wait for the lock,
+        // which a thread may have held that it has not got either.
+        if std::process::id() != self.process {
+            return;
+        }
         for kept in self.kept(0, self.len) {
             let at = self.base.as_ptr().wrapping_add(kept.start).cast();
             // SAFETY: what was not lost is this reservation's own; the owner outlives everything that dereferences

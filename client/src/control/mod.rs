@@ -24,36 +24,46 @@ const LIVENESS_PERIOD_NS: i64 = 200_000_000;
 /// The running thread; dropping this ends it.
 #[derive(Debug)]
 pub(crate) struct ControlThread {
+    /// Lent to the thread, as `stop` is: what it owned itself would stay open in a forked child, which has no such
+    /// thread.
+    shared: Arc<Shared>,
     stop: Arc<OwnedFd>,
+    /// Taken by the drop.
     thread: Option<JoinHandle<()>>,
 }
 
 impl ControlThread {
     pub(crate) fn start(shared: Arc<Shared>) -> io::Result<ControlThread> {
         let stop = Arc::new(eventfd::create()?);
-        let stopped = Arc::clone(&stop);
-        let thread = std::thread::Builder::new()
-            .name("iotlb-control".to_owned())
-            .spawn(move || Control { shared }.run(&stopped))?;
-        Ok(ControlThread { stop, thread: Some(thread) })
+        let builder = std::thread::Builder::new().name("iotlb-control".to_owned());
+        let (control, stopped) = (Control { shared: &shared }, &*stop);
+        // SAFETY: what the thread borrows lies behind two counted pointers, which go into the `ControlThread`. There
+        // they stay until its drop has joined the thread, and for ever if it is forgotten. In a forked child, where the
+        // drop does not join, there is no thread.
+        let thread = unsafe { builder.spawn_unchecked(move || control.run(stopped)) }?;
+        Ok(ControlThread { shared, stop, thread: Some(thread) })
     }
 }
 
 impl Drop for ControlThread {
     fn drop(&mut self) {
-        eventfd::signal(self.stop.as_fd());
-        if let Some(thread) = self.thread.take() {
-            // A panic over there was reported by the panic hook, and ends with the attachment.
-            let _ = thread.join();
+        let Some(thread) = self.thread.take() else { return };
+        if !self.shared.is_ours() {
+            // The event would end the parent's thread. Of this process there is none to be joined or detached.
+            std::mem::forget(thread);
+            return;
         }
+        eventfd::signal(self.stop.as_fd());
+        // A panic over there was reported by the panic hook, and ends with the attachment.
+        let _ = thread.join();
     }
 }
 
-struct Control {
-    shared: Arc<Shared>,
+struct Control<'a> {
+    shared: &'a Shared,
 }
 
-impl Control {
+impl Control<'_> {
     fn run(&self, stop: &OwnedFd) {
         loop {
             match self.wait(stop) {
@@ -131,7 +141,7 @@ impl Control {
     }
 
     fn handle(&self, message: DaemonMessage, mut fds: Vec<OwnedFd>) -> Result<(), ChannelError> {
-        let shared = &*self.shared;
+        let shared = self.shared;
         match message {
             DaemonMessage::AddRegion(region) => match fds.pop() {
                 Some(memory) if fds.is_empty() => {

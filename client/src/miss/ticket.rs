@@ -119,7 +119,9 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        if self.take_answer().is_none() {
+        // Mostly it was answered: then nothing is left to do, and no system call is made. A forked child has not got
+        // the cell.
+        if self.answer.is_none() && self.shared.is_ours() && self.take_answer().is_none() {
             self.shared.cells.abandon(self.cell);
         }
     }

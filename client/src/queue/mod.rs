@@ -176,7 +176,10 @@ impl Queue {
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        give_up(&self.attachment, self.lease.queue, self.lease.claim);
+        // What a forked child drops is still its parent's.
+        if self.attachment.shared().is_ours() {
+            give_up(&self.attachment, self.lease.queue, self.lease.claim);
+        }
     }
 }
 

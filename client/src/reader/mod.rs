@@ -362,6 +362,10 @@ impl Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
+        // A forked child has not got the slot; its parent goes on with it.
+        if !self.shared.is_ours() {
+            return;
+        }
         if epoch::is_pinned(&self.slot_word) {
             // A guard was forgotten. Nothing it yielded can be reached any more, since all of it borrowed this reader.
             self.unpin_slot();

@@ -3,7 +3,7 @@
 //! Other processes store to this memory at any time, so it must never be seen through a reference to plain data. A
 //! [`Mapping`] hands out references only to [`SharedWords`] types, which consist of atomics and nothing else.
 
-use std::mem::{align_of, size_of};
+use std::mem::{ManuallyDrop, align_of, size_of};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
@@ -63,7 +63,10 @@ unsafe impl SharedWords for crate::sync::AtomicU64 {}
 /// parent's death was reported) and out of core dumps (a dump delays the death notice).
 #[derive(Debug)]
 pub struct Mapping {
-    raw: MmapRaw,
+    /// Dropped by hand.
+    raw: ManuallyDrop<MmapRaw>,
+    /// Number of the process that mapped it.
+    process: u32,
 }
 
 impl Mapping {
@@ -89,7 +92,7 @@ impl Mapping {
         let raw = raw.map_err(|source| MappingError::Map { len, source })?;
         raw.advise(Advice::DontFork).map_err(MappingError::Advise)?;
         raw.advise(Advice::DontDump).map_err(MappingError::Advise)?;
-        Ok(Mapping { raw })
+        Ok(Mapping { raw: ManuallyDrop::new(raw), process: std::process::id() })
     }
 
     /// Bytes mapped.
@@ -138,6 +141,16 @@ impl Mapping {
     #[must_use]
     pub fn address(&self) -> usize {
         self.raw.as_ptr().addr()
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // A forked child has not got the mapping, and by now something else of its own may lie there.
+        if std::process::id() == self.process {
+            // SAFETY: here and nowhere else, and nothing looks at it afterwards.
+            unsafe { ManuallyDrop::drop(&mut self.raw) };
+        }
     }
 }
 
