@@ -15,6 +15,7 @@ use iotlb_proto::iova::PAGE_SIZE;
 use iotlb_proto::table::QueueRecord;
 use iotlb_proto::vhost_user::features::virtio;
 use iotlb_proto::worker::Answer;
+use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal};
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use support::namespace::{bring_up_with_addresses, in_a_namespace, ip, queues};
@@ -471,6 +472,45 @@ fn with_reconnect_it_serves_under_the_next_daemon() {
     stage.bells[1].kick();
     stage.wait_received(1);
     assert_eq!(&stage.received(0)[42..], b"back");
+    terminate(worker);
+}
+
+/// A TERM ends it as it should, although the daemon does not answer: the time-out would be a failure.
+#[test]
+fn sigterm_ends_a_worker_that_waits_for_its_daemon() {
+    let socket = Socket::new();
+    let worker = socket.worker(&["--queues", "0,1", "--echo"]);
+    let mut daemon = Daemon::new();
+    assert!(wait_readable(socket.listener.as_fd(), PATIENCE), "no worker came");
+    let connection = socket::accept4(socket.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC).expect("accept");
+    // SAFETY: just accepted, and owned by nobody else.
+    daemon.adopt(unsafe { std::os::fd::FromRawFd::from_raw_fd(connection) });
+    assert!(matches!(daemon.receive().0, WorkerMessage::Hello(_)));
+    terminate(worker);
+}
+
+#[test]
+fn sigterm_ends_a_worker_that_is_not_accepted() {
+    let socket = Socket::new();
+    let address = UnixAddr::new(&socket.path).expect("short");
+    let mut crowd = Vec::new();
+    loop {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        crowd.push(socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).expect("a socket"));
+        match socket::connect(crowd[crowd.len() - 1].as_raw_fd(), &address) {
+            Ok(()) => {}
+            Err(Errno::EAGAIN) => break,
+            Err(error) => panic!("connect: {error}"),
+        }
+    }
+    let worker = socket.worker(&["--queues", "0,1", "--echo"]);
+    // Once it has taken TERM for itself there is one thing that it sleeps in: a place in the queue.
+    wait_until("the worker waits", || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", worker.id())).expect("our own child");
+        let field = |name| status.lines().find_map(|line| line.strip_prefix(name)).expect("a field of proc");
+        let blocked = u64::from_str_radix(field("SigBlk:").trim(), 16).expect("hexadecimal");
+        blocked & 1 << (libc::SIGTERM - 1) != 0 && field("State:").trim().starts_with('S')
+    });
     terminate(worker);
 }
 

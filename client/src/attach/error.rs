@@ -50,6 +50,9 @@ pub enum AttachError {
         /// [`crate::AttachOptions::timeout_ms`].
         timeout_ms: u32,
     },
+    /// The caller wanted no more; see [`crate::Attachment::connect_unless`].
+    #[error("attaching was given up before the daemon answered")]
+    Interrupted,
     /// The two builds do not fit.
     #[error(
         "builds do not fit: this worker has layout version {our_version} (hash {our_hash:#018x}), the daemon has \

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use iotlb_proto::control::message::{CONTROL_VERSION, HELLO_MAGIC, NAME_MAX};
 use iotlb_proto::control::{DaemonMessage, Hello, Welcome, WorkerMessage};
@@ -16,6 +16,7 @@ use iotlb_proto::layout::{LAYOUT_HASH, LAYOUT_VERSION};
 use iotlb_proto::liveness::LivenessView;
 use iotlb_proto::shm::memfd;
 use iotlb_proto::socket::PacketSocket;
+use iotlb_proto::socket::address::AddressError;
 use iotlb_proto::table::TableReader;
 use iotlb_proto::worker::WorkerSegment;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -31,6 +32,10 @@ use crate::shared::{Parts, Shared, deadline_in};
 pub use error::AttachError;
 use error::{WELCOME_FDS, refused};
 
+/// Longest step of connecting, in milliseconds. The system offers no way to wait for a place in a listener's queue and
+/// for something else, so in between it is seen whether to go on. A place that becomes free ends a step at once.
+const CONNECT_STEP_MS: u32 = 100;
+
 /// How to attach.
 #[derive(Clone, Debug)]
 pub struct AttachOptions {
@@ -38,7 +43,7 @@ pub struct AttachOptions {
     pub device: String,
     /// Free text for the daemon's log, at most 64 bytes.
     pub label: String,
-    /// Longest the whole handshake may take, in milliseconds.
+    /// Longest that connecting and the handshake may take together, in milliseconds.
     pub timeout_ms: u32,
 }
 
@@ -71,8 +76,19 @@ impl Attachment {
     /// # Errors
     /// See [`AttachError`]; each names what to do.
     pub fn connect(control_socket: &Path, options: &AttachOptions) -> Result<Attachment, AttachError> {
-        let channel = Channel::connect(control_socket, options.timeout_ms).map_err(AttachError::Address)?;
-        Attachment::over(channel, options)
+        Attachment::begin(None, control_socket, options)
+    }
+
+    /// As [`Attachment::connect`], but gives up as soon as `stop` is readable: a descriptor of signals, say.
+    ///
+    /// # Errors
+    /// As there, and [`AttachError::Interrupted`].
+    pub fn connect_unless(
+        stop: BorrowedFd<'_>,
+        control_socket: &Path,
+        options: &AttachOptions,
+    ) -> Result<Attachment, AttachError> {
+        Attachment::begin(Some(stop), control_socket, options)
     }
 
     /// As [`Attachment::connect`], over a `SOCK_SEQPACKET` socket that is connected already: one that was inherited,
@@ -81,11 +97,20 @@ impl Attachment {
     /// # Errors
     /// As there.
     pub fn from_socket(socket: OwnedFd, options: &AttachOptions) -> Result<Attachment, AttachError> {
-        Attachment::over(Channel::from_socket(socket).map_err(AttachError::Address)?, options)
+        let channel = Channel::from_socket(socket).map_err(AttachError::Address)?;
+        Attachment::over(channel, &Patience::new(None, options.timeout_ms), options)
     }
 
-    fn over(channel: Channel, options: &AttachOptions) -> Result<Attachment, AttachError> {
-        let deadline = deadline_in(options.timeout_ms);
+    fn begin(
+        stop: Option<BorrowedFd<'_>>,
+        control_socket: &Path,
+        options: &AttachOptions,
+    ) -> Result<Attachment, AttachError> {
+        let patience = Patience::new(stop, options.timeout_ms);
+        Attachment::over(connected(control_socket, &patience)?, &patience, options)
+    }
+
+    fn over(channel: Channel, patience: &Patience<'_>, options: &AttachOptions) -> Result<Attachment, AttachError> {
         for (what, text) in [("the device name", &options.device), ("the label", &options.label)] {
             if text.len() > NAME_MAX {
                 return Err(AttachError::NameTooLong { what, len: text.len() });
@@ -101,7 +126,7 @@ impl Attachment {
             label: options.label.clone(),
         });
         channel.send(&hello, &[pidfd.as_fd()])?;
-        let (message, fds) = first_answer(&channel, deadline, options.timeout_ms)?;
+        let (message, fds) = first_answer(&channel, patience)?;
         match message {
             DaemonMessage::Welcome(welcome) => Attachment::welcomed(channel, welcome, fds),
             DaemonMessage::Refused(refusal) => Err(refused(refusal, &options.device)),
@@ -210,24 +235,63 @@ impl Attachment {
     }
 }
 
-fn first_answer(
-    channel: &Channel,
+/// How long to go on with a handshake.
+struct Patience<'a> {
+    /// Until this is readable,
+    stop: Option<BorrowedFd<'a>>,
+    /// but no longer.
     deadline: Instant,
     timeout_ms: u32,
-) -> Result<(DaemonMessage, Vec<OwnedFd>), AttachError> {
+}
+
+impl<'a> Patience<'a> {
+    fn new(stop: Option<BorrowedFd<'a>>, timeout_ms: u32) -> Patience<'a> {
+        Patience { stop, deadline: deadline_in(timeout_ms), timeout_ms }
+    }
+
+    fn left(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
+    }
+
+    /// Waits until `channel`, if there is one, has something to read, `timeout` has passed, or a signal came.
+    fn wait(&self, channel: Option<&Channel>, timeout: Duration) -> Result<(), AttachError> {
+        let fds = self.stop.into_iter().chain(channel.map(Channel::as_fd));
+        let mut fds: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+        // All time-outs are below 50 days, and fit.
+        let timeout = Timespec::try_from(timeout).unwrap_or(Timespec { tv_sec: i64::from(u32::MAX), tv_nsec: 0 });
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(_) if self.stop.is_some() && !fds[0].revents().is_empty() => Err(AttachError::Interrupted),
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(errno) => Err(AttachError::Poll(errno.into())),
+        }
+    }
+}
+
+fn connected(path: &Path, patience: &Patience<'_>) -> Result<Channel, AttachError> {
+    loop {
+        patience.wait(None, Duration::ZERO)?;
+        let left_ms = u32::try_from(patience.left().as_millis()).unwrap_or(u32::MAX);
+        match Channel::connect(path, left_ms.min(CONNECT_STEP_MS)) {
+            Err(AddressError::ConnectTimedOut { .. }) if left_ms > CONNECT_STEP_MS => {}
+            Err(AddressError::ConnectTimedOut { path, .. }) => {
+                let timeout_ms = patience.timeout_ms;
+                return Err(AttachError::Address(AddressError::ConnectTimedOut { path, timeout_ms }));
+            }
+            other => return other.map_err(AttachError::Address),
+        }
+    }
+}
+
+fn first_answer(channel: &Channel, patience: &Patience<'_>) -> Result<(DaemonMessage, Vec<OwnedFd>), AttachError> {
     loop {
         if let Some(answer) = channel.receive()? {
             return Ok(answer);
         }
-        let left = deadline.saturating_duration_since(Instant::now());
+        let left = patience.left();
         if left.is_zero() {
-            return Err(AttachError::TimedOut { timeout_ms });
+            return Err(AttachError::TimedOut { timeout_ms: patience.timeout_ms });
         }
-        let timeout = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::from(u32::MAX), tv_nsec: 0 });
-        match poll(&mut [PollFd::new(channel, PollFlags::IN)], Some(&timeout)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(AttachError::Poll(errno.into())),
-        }
+        patience.wait(Some(channel), left)?;
     }
 }
 

@@ -158,7 +158,10 @@ fn open_port(options: &Options, plan: &PairPlan) -> Result<Port, TapError> {
 fn attach_and_serve(options: &Options, signals: &Signals, pairs: &mut BTreeMap<u16, Pair>) -> Result<(), WorkerError> {
     let attach =
         AttachOptions { device: options.device.clone(), label: options.label.clone(), ..AttachOptions::default() };
-    let attachment = Attachment::connect(&options.control_socket, &attach)?;
+    let attachment = match Attachment::connect_unless(signals.fd.as_fd(), &options.control_socket, &attach) {
+        Err(AttachError::Interrupted) => return Ok(()),
+        other => other?,
+    };
     let mut reader = attachment.reader()?;
     let queues = loop {
         match attachment.claim_queues(&options.queues, CLAIM_TIMEOUT_MS) {
