@@ -52,6 +52,23 @@ fn packets_keep_their_borders_and_descriptors() {
 }
 
 #[test]
+fn last_words_are_heard_also_of_a_peer_that_did_not_listen() {
+    let (one, two) = PacketSocket::pair().expect("pair");
+    two.send(&[1], &[]).expect("sends");
+    let words = [&[2; 3][..], &[3; 2]];
+    for word in words {
+        one.send(word, &[]).expect("sends");
+    }
+    drop(one);
+    for word in words {
+        let heard = two.receive();
+        assert!(matches!(&heard, Ok(ReceivedPacket::Packet { bytes, .. }) if bytes == word), "{heard:?}");
+    }
+    assert!(matches!(two.receive(), Ok(ReceivedPacket::Closed)));
+    assert!(matches!(two.receive(), Ok(ReceivedPacket::Closed)));
+}
+
+#[test]
 fn a_bad_packet_is_one_bad_packet() {
     let (one, two) = PacketSocket::pair().expect("pair");
     let fd = null();

@@ -136,7 +136,13 @@ impl PacketSocket {
     /// trusted.
     pub fn receive(&self) -> Result<ReceivedPacket, PacketError> {
         let mut buffer = [0; MESSAGE_MAX];
-        let fragment = match ancillary::receive(self.fd.as_fd(), &mut buffer) {
+        let mut received = ancillary::receive(self.fd.as_fd(), &mut buffer);
+        if received.as_ref().is_err_and(|error| *error == Errno::ECONNRESET) {
+            // The peer closed before it read everything. The system says so once, and before it hands out what the peer
+            // had sent until then.
+            received = ancillary::receive(self.fd.as_fd(), &mut buffer);
+        }
+        let fragment = match received {
             Ok(fragment) => fragment,
             Err(Errno::EAGAIN) => return Ok(ReceivedPacket::WouldBlock),
             Err(Errno::ECONNRESET) => return Ok(ReceivedPacket::Closed),
