@@ -97,7 +97,6 @@ pub(crate) struct Parts {
     pub(crate) liveness: LivenessView,
     pub(crate) arena: Arena,
     pub(crate) doorbell: OwnedFd,
-    pub(crate) channel: Channel,
     pub(crate) events: OwnedFd,
     pub(crate) worker: u32,
     pub(crate) device: String,
@@ -105,7 +104,7 @@ pub(crate) struct Parts {
 }
 
 impl Shared {
-    pub(crate) fn new(parts: Parts) -> Shared {
+    pub(crate) fn new(parts: Parts, channel: Channel) -> Shared {
         Shared {
             table: parts.table,
             segment: parts.segment,
@@ -113,7 +112,7 @@ impl Shared {
             arena: parts.arena,
             source: Source::unique(),
             doorbell: parts.doorbell,
-            channel: parts.channel,
+            channel,
             events: parts.events,
             slots: SlotPool::default(),
             cells: CellPool::default(),

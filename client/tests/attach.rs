@@ -167,6 +167,22 @@ fn impossible_numbers_are_refused() {
 }
 
 #[test]
+fn who_does_not_attach_after_all_says_so() {
+    let mut daemon = Daemon::new();
+    let mut welcome = daemon.welcome();
+    welcome.arena_size = u64::MAX;
+    let welcome = DaemonMessage::Welcome(welcome);
+    daemon.attach_with(|d| d.send(&welcome, &d.welcome_fds())).expect_err("more than there is");
+    // Else a daemon that has let it in counts it until the process ends, and it may try again and again.
+    assert!(matches!(daemon.try_receive(), Some((WorkerMessage::Revoked, _))));
+    assert!(daemon.try_receive().is_none());
+
+    daemon.attach_with(|_| ()).expect_err("silence");
+    assert!(matches!(daemon.try_receive(), Some((WorkerMessage::Revoked, _))));
+    assert!(daemon.try_receive().is_none());
+}
+
+#[test]
 fn bad_paths_and_names() {
     let long = format!("/tmp/{}", "x".repeat(200));
     let error = Attachment::connect(Path::new(&long), &AttachOptions::default()).expect_err("too long");

@@ -126,43 +126,16 @@ impl Attachment {
             label: options.label.clone(),
         });
         channel.send(&hello, &[pidfd.as_fd()])?;
-        let (message, fds) = first_answer(&channel, patience)?;
-        match message {
-            DaemonMessage::Welcome(welcome) => Attachment::welcomed(channel, welcome, fds),
+        let parts = first_answer(&channel, patience).and_then(|(message, fds)| match message {
+            DaemonMessage::Welcome(welcome) => opened(welcome, fds),
             DaemonMessage::Refused(refusal) => Err(refused(refusal, &options.device)),
             _ => Err(AttachError::Unexpected),
-        }
-    }
-
-    fn welcomed(channel: Channel, welcome: Welcome, fds: Vec<OwnedFd>) -> Result<Attachment, AttachError> {
-        let count = fds.len();
-        let [table, segment, liveness, doorbell] =
-            <[OwnedFd; WELCOME_FDS]>::try_from(fds).map_err(|_| AttachError::Descriptors { count })?;
-        if welcome.segment_size != SEGMENT_SIZE as u64 {
-            return Err(AttachError::Welcome { field: "segment_size", value: welcome.segment_size });
-        }
-        if usize::from(welcome.queues) > QUEUE_CAPACITY {
-            return Err(AttachError::Welcome { field: "queues", value: u64::from(welcome.queues) });
-        }
-        for (what, fd, size) in
-            [("table", &table, welcome.table_size), ("worker segment", &segment, welcome.segment_size)]
-        {
-            memfd::check_sealed(fd.as_fd(), size).map_err(|source| AttachError::Seals { what, size, source })?;
-        }
-        eventfd::adopt(&doorbell).map_err(AttachError::Doorbell)?;
-        let shared = Arc::new(Shared::new(Parts {
-            table: TableReader::open(table.as_fd(), welcome.table_size).map_err(AttachError::Table)?,
-            segment: WorkerSegment::open(segment.as_fd(), welcome.incarnation).map_err(AttachError::Segment)?,
-            liveness: LivenessView::open(liveness.as_fd(), welcome.liveness_offset).map_err(AttachError::Liveness)?,
-            arena: Arena::new(welcome.arena_size)?,
-            doorbell,
-            channel,
-            events: eventfd::create().map_err(AttachError::Events)?,
-            worker: welcome.worker,
-            device: welcome.device,
-            queues: welcome.queues,
-        }));
-        let control = ControlThread::start(Arc::clone(&shared)).map_err(AttachError::Thread)?;
+        });
+        // From its answer on, which may be on its way, the daemon counts a worker.
+        let parts = parts.inspect_err(|_| channel.leave())?;
+        let shared = Arc::new(Shared::new(parts, channel));
+        let control = ControlThread::start(Arc::clone(&shared)).map_err(AttachError::Thread);
+        let control = control.inspect_err(|_| shared.channel.leave())?;
         Ok(Attachment { inner: Arc::new(Inner { shared, _control: control }) })
     }
 
@@ -233,6 +206,35 @@ impl Attachment {
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.inner.shared
     }
+}
+
+/// Checks and maps what came with WELCOME.
+fn opened(welcome: Welcome, fds: Vec<OwnedFd>) -> Result<Parts, AttachError> {
+    let count = fds.len();
+    let [table, segment, liveness, doorbell] =
+        <[OwnedFd; WELCOME_FDS]>::try_from(fds).map_err(|_| AttachError::Descriptors { count })?;
+    if welcome.segment_size != SEGMENT_SIZE as u64 {
+        return Err(AttachError::Welcome { field: "segment_size", value: welcome.segment_size });
+    }
+    if usize::from(welcome.queues) > QUEUE_CAPACITY {
+        return Err(AttachError::Welcome { field: "queues", value: u64::from(welcome.queues) });
+    }
+    for (what, fd, size) in [("table", &table, welcome.table_size), ("worker segment", &segment, welcome.segment_size)]
+    {
+        memfd::check_sealed(fd.as_fd(), size).map_err(|source| AttachError::Seals { what, size, source })?;
+    }
+    eventfd::adopt(&doorbell).map_err(AttachError::Doorbell)?;
+    Ok(Parts {
+        table: TableReader::open(table.as_fd(), welcome.table_size).map_err(AttachError::Table)?,
+        segment: WorkerSegment::open(segment.as_fd(), welcome.incarnation).map_err(AttachError::Segment)?,
+        liveness: LivenessView::open(liveness.as_fd(), welcome.liveness_offset).map_err(AttachError::Liveness)?,
+        arena: Arena::new(welcome.arena_size)?,
+        doorbell,
+        events: eventfd::create().map_err(AttachError::Events)?,
+        worker: welcome.worker,
+        device: welcome.device,
+        queues: welcome.queues,
+    })
 }
 
 /// How long to go on with a handshake.

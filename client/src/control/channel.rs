@@ -58,6 +58,13 @@ impl Channel {
         Ok(self.socket.send_blocking(&bytes, fds, SEND_TIMEOUT_MS)?)
     }
 
+    /// Tells the daemon that nothing of this attachment reaches guest memory, now or later. Without these words it
+    /// would count the worker's slots, and keep its place and its queues, until the process ends.
+    pub(crate) fn leave(&self) {
+        // An Err means that the daemon is gone already, or let nobody in.
+        let _ = self.send(&WorkerMessage::Revoked, &[]);
+    }
+
     /// Tells the daemon that nobody is here any more, whoever still holds the descriptor.
     pub(crate) fn shut_down(&self) {
         // A socket that is not connected any more needs no shutting down.

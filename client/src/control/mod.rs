@@ -68,7 +68,8 @@ impl Control<'_> {
         loop {
             match self.wait(stop) {
                 Ok(true) => {
-                    self.leave();
+                    // The last reader is gone (each holds the attachment), so nothing here pins any more.
+                    self.shared.channel.leave();
                     break;
                 }
                 Ok(false) => {}
@@ -99,13 +100,6 @@ impl Control<'_> {
         self.shared.channel.shut_down();
     }
 
-    /// The last reader is gone (each holds the attachment), so nothing here pins any more. Without these words the
-    /// daemon would count this worker's slots, and keep its queues, until the process ends.
-    fn leave(&self) {
-        // An Err means that the daemon is gone already.
-        let _ = self.shared.channel.send(&WorkerMessage::Revoked, &[]);
-    }
-
     /// This side cannot go on, though the daemon may be alive: nobody pins anew, and the daemon hears of it when nobody
     /// pins any more. Were the socket closed now, the queues would be lost to this process for as long as it lives.
     fn leave_when_unused(&self, stop: &OwnedFd) {
@@ -115,7 +109,7 @@ impl Control<'_> {
         while self.shared.liveness.alive() {
             match poll(&mut fds, Some(&timeout)) {
                 Ok(0) | Err(rustix::io::Errno::INTR) => {}
-                Ok(_) => return self.leave(),
+                Ok(_) => return self.shared.channel.leave(),
                 // Cannot be: one descriptor, which is open. Then the socket ends as it is.
                 Err(_) => return,
             }
