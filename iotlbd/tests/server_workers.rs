@@ -4,15 +4,19 @@ mod server_support;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use iotlb_client::{AttachOptions, Attachment};
 use iotlb_proto::control::message::CONTROL_VERSION;
 use iotlb_proto::control::{self, DaemonMessage, Hello, Refusal, WorkerMessage};
-use iotlb_proto::socket::PacketError;
+use iotlb_proto::socket::{PacketError, PacketListener, PacketSocket};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use server_support::{
     RawWorker, Running, TIMEOUT_MS, connect, hear, hello, own_pidfd, say, started_front_end, watchdog,
 };
+
+/// Longest wait for something that may need several tries.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What the server answers to `hello`, sent with `pidfd`.
 fn refusal(server: &Running, hello: Hello, pidfd: Option<OwnedFd>) -> Refusal {
@@ -73,6 +77,37 @@ fn strangers_are_refused_with_a_reason() {
     assert_eq!(refusal(&server, hello(), own()), Refusal::Full);
     inside.leave();
     RawWorker::attach(&server.control()).leave();
+    server.stop();
+}
+
+#[test]
+fn who_leaves_before_the_welcome_takes_no_place() {
+    let _watchdog = watchdog();
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path().join("control");
+    let listener = PacketListener::bind(&path, 0o600).expect("listens");
+    // As a worker that did not wait for an answer. All of it is there before the server looks.
+    let gone = connect(&path);
+    let bytes = control::encode(&WorkerMessage::Hello(hello())).expect("encodes");
+    let say_hello = |socket: &PacketSocket| socket.send_blocking(&bytes, &[own_pidfd().as_fd()], TIMEOUT_MS);
+    say_hello(&gone).expect("sends");
+    say(&gone, &WorkerMessage::Revoked);
+    drop(gone);
+    let server = Running::start_with(|config| {
+        config.control_listener = Some(listener.as_fd().try_clone_to_owned().expect("a descriptor"));
+        config.max_workers = 1;
+    });
+    // The server may take two connections in one round: so until it has heard all of the first.
+    let start = Instant::now();
+    loop {
+        let next = connect(&path);
+        say_hello(&next).expect("sends");
+        match hear(&next).expect("an answer").0 {
+            DaemonMessage::Welcome(_) => break,
+            DaemonMessage::Refused(Refusal::Full) if start.elapsed() < PATIENCE => std::thread::yield_now(),
+            other => panic!("{other:?}"),
+        }
+    }
     server.stop();
 }
 

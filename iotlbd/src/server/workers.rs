@@ -48,6 +48,8 @@ impl EventLoop {
         match link.flush(device) {
             Ok(Sent::Yes | Sent::NoRoom) => {}
             Ok(Sent::TryLater) => self.flush_again_ns = Some(now_ns().saturating_add(FLUSH_PAUSE_NS)),
+            // What it said before it closed is heard first, that it leaves above all. Then the end shows there too.
+            Err(LinkError::Closed) => {}
             Err(error) => self.disconnect(id, &error.to_string()),
         }
     }
