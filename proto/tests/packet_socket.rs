@@ -3,6 +3,7 @@
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::thread::JoinHandleExt;
 
 use iotlb_proto::control::{MESSAGE_MAX, WorkerMessage, decode, encode};
 use iotlb_proto::socket::packet::PACKET_FDS_MAX;
@@ -66,6 +67,44 @@ fn last_words_are_heard_also_of_a_peer_that_did_not_listen() {
     }
     assert!(matches!(two.receive(), Ok(ReceivedPacket::Closed)));
     assert!(matches!(two.receive(), Ok(ReceivedPacket::Closed)));
+}
+
+#[test]
+fn signals_do_not_make_a_wait_longer() {
+    use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
+    extern "C" fn nothing(_: libc::c_int) {}
+    let action = SigAction::new(SigHandler::Handler(nothing), SaFlags::empty(), SigSet::empty());
+    // SAFETY: the handler does nothing, and no other test uses the signal.
+    unsafe { sigaction(Signal::SIGUSR1, &action) }.expect("a handler");
+
+    let directory = std::env::temp_dir().join(format!("iotlb-signals-{}", std::process::id()));
+    std::fs::create_dir(&directory).expect("a fresh directory");
+    let path = directory.join("control");
+    let _listener = PacketListener::bind(&path, 0o600).expect("binds");
+    let waiter = std::thread::spawn(move || {
+        let mut crowd = Vec::new();
+        let refused = loop {
+            match PacketSocket::connect(&path, 50) {
+                Ok(socket) => crowd.push(socket),
+                Err(error) => break error,
+            }
+        };
+        let (one, _two) = PacketSocket::pair().expect("pair");
+        (refused, one.receive_blocking(50))
+    });
+    let start = std::time::Instant::now();
+    while !waiter.is_finished() {
+        assert!(start.elapsed() < std::time::Duration::from_millis(WATCHDOG_MS.into()), "a wait does not end");
+        // SAFETY: the thread was not joined yet, so its handle is good.
+        unsafe { libc::pthread_kill(waiter.as_pthread_t(), libc::SIGUSR1) };
+        // More often than either of the waits is long.
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    let (refused, nothing_came) = waiter.join().expect("no panic");
+    std::fs::remove_dir_all(&directory).expect("cleans up");
+    assert!(matches!(refused, AddressError::ConnectTimedOut { timeout_ms: 50, .. }), "{refused:?}");
+    assert!(matches!(nothing_came, Err(PacketError::TimedOut { timeout_ms: 50 })), "{nothing_came:?}");
 }
 
 #[test]

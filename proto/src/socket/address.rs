@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, FcntlArg, FdFlag, fcntl};
@@ -12,6 +13,8 @@ use nix::sys::socket::{
 use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat};
 use nix::sys::time::{TimeVal, TimeValLike};
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
+
+use super::ancillary;
 
 /// Longest socket path, in bytes: `sun_path` has 108, the last one is 0.
 pub const PATH_MAX: usize = 107;
@@ -152,17 +155,22 @@ pub(super) fn listen_at(path: &Path, kind: Kind, mode: u32) -> Result<OwnedFd, A
 pub(super) fn connect_to(path: &Path, kind: Kind, timeout_ms: u32) -> Result<OwnedFd, AddressError> {
     let address = address(path)?;
     let fd = new_socket(kind)?;
+    let start = Instant::now();
     // The kernel takes 0 for "for ever".
-    let timeout = TimeVal::milliseconds(i64::from(timeout_ms.max(1)));
-    setsockopt(&fd, sockopt::SendTimeout, &timeout).map_err(|error| AddressError::Socket { source: error.into() })?;
-    loop {
+    let mut left_ms = timeout_ms.max(1);
+    while left_ms > 0 {
+        let timeout = TimeVal::milliseconds(i64::from(left_ms));
+        setsockopt(&fd, sockopt::SendTimeout, &timeout)
+            .map_err(|error| AddressError::Socket { source: error.into() })?;
         match connect(fd.as_raw_fd(), &address) {
             Ok(()) => return Ok(fd),
-            Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => return Err(AddressError::ConnectTimedOut { path: path.into(), timeout_ms }),
+            // Not the whole time again: signals may come more often than that.
+            Err(Errno::EINTR) => left_ms = ancillary::left_ms(start, timeout_ms),
+            Err(Errno::EAGAIN) => break,
             Err(error) => return Err(AddressError::Connect { path: path.into(), source: error.into() }),
         }
     }
+    Err(AddressError::ConnectTimedOut { path: path.into(), timeout_ms })
 }
 
 /// The next connection, close-on-exec; `None` when none waits.

@@ -9,6 +9,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, recvmsg, sendmsg};
@@ -145,15 +146,22 @@ pub(super) fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>])
 }
 
 /// Waits until `socket` is readable (or writable), its peer is gone, or `timeout_ms` has passed; `false` for the
-/// latter. A signal starts the time anew.
+/// latter. A signal does not end the call, nor make it longer.
 pub(super) fn wait(socket: BorrowedFd<'_>, events: nix::poll::PollFlags, timeout_ms: u32) -> io::Result<bool> {
     use nix::poll::{PollFd, PollTimeout, poll};
-    let timeout = PollTimeout::try_from(timeout_ms).unwrap_or(PollTimeout::MAX);
+    let start = Instant::now();
+    let mut left = timeout_ms;
     loop {
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(socket, events)], timeout) {
-            Err(Errno::EINTR) => {}
+            Err(Errno::EINTR) => left = left_ms(start, timeout_ms),
             Ok(ready) => return Ok(ready > 0),
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// What is left of `timeout_ms` that began at `start`.
+pub(super) fn left_ms(start: Instant, timeout_ms: u32) -> u32 {
+    timeout_ms.saturating_sub(u32::try_from(start.elapsed().as_millis()).unwrap_or(u32::MAX))
 }
