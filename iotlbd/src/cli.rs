@@ -70,8 +70,8 @@ pub struct ServeArgs {
           value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUE_PAIRS_MAX)))]
     pub queue_pairs: u16,
 
-    /// Most bytes of the shared translation table; K, M and G are understood. Used as entries come: 2.1 MiB for each GiB
-    /// that the guest maps in 4 KiB pages
+    /// Most bytes of the shared translation table; K, M and G are understood. Memory is used as entries come: 2.1 MiB
+    /// for each GiB that the guest maps in 4 KiB pages
     #[arg(long, value_name = "BYTES", default_value = "16M", value_parser = parse::size)]
     pub table_size: u64,
 
