@@ -71,8 +71,8 @@ impl Contestant {
                 Some(Backend::tap_with(logs, arguments, worker.as_deref(), places)?)
             }
         };
-        let socket = backend.as_ref().map(Backend::front_socket);
-        let options = MachineOptions { qemu: Qemu::V10, kernel: Kernel::V6_12, iommu, vhost_user: socket.as_deref() };
+        let vhost_user = backend.as_ref().map(Backend::vhost_user);
+        let options = MachineOptions { qemu: Qemu::V10, kernel: Kernel::V6_12, iommu, vhost_user };
         let mut machine = Machine::boot(&options, logs)?;
         places.map_or(Ok(()), |places| machine.stay(places))?;
         let before = ProcessorTime::now();

@@ -5,7 +5,7 @@
 
 use iotlb_tests::guest::{
     Backend, GuestError, Iommu, Kernel, Logs, Machine, MachineOptions, Network, Qemu, RECEIVE_QUEUE, TRANSMIT_QUEUE,
-    checks, exclusive, skipped,
+    VhostUser, checks, exclusive, skipped,
 };
 
 fn run(name: &str, test: impl FnOnce(&Logs) -> Result<(), GuestError>) {
@@ -26,8 +26,7 @@ fn served(
     (qemu, kernel, iommu): (Qemu, Kernel, Iommu),
     test: impl FnOnce(&mut Machine, &mut Backend) -> Result<(), GuestError>,
 ) -> Result<(), GuestError> {
-    let socket = backend.front_socket();
-    let options = MachineOptions { qemu, kernel, iommu, vhost_user: Some(&socket) };
+    let options = MachineOptions { qemu, kernel, iommu, vhost_user: Some(backend.vhost_user()) };
     let mut machine = Machine::boot(&options, logs)?;
     test(&mut machine, &mut backend)?;
     backend.check_running()?;
@@ -104,6 +103,44 @@ fn reset_and_reboot() {
             checks::echoes(machine)?;
             checks::transfers(machine)
         })
+    });
+}
+
+/// Two pairs of queues are two devices to QEMU, each of which tells the daemon of memory, and of invalidations, by
+/// itself. QEMU 7.2 does it with every region.
+#[test]
+fn two_pairs_of_queues() {
+    for (qemu, kernel) in [(Qemu::V7, Kernel::V6_1), (Qemu::V10, Kernel::V6_12)] {
+        run(&format!("two-pairs-{qemu:?}"), |logs| {
+            let _network = Network::new(true)?;
+            let parts = (qemu, kernel, Iommu::Strict);
+            served(logs, Backend::tap_pairs(logs, 2)?, parts, |machine, _| {
+                checks::echoes(machine)?;
+                checks::transfers(machine)
+            })
+        });
+    }
+}
+
+/// The daemon is killed, and another one is in its place. QEMU and the workers connect again by themselves.
+#[test]
+fn killed_daemon_is_followed() {
+    run("killed-daemon", |logs| {
+        let _network = Network::new(true)?;
+        let mut backend = Backend::tap_with(logs, &["--reconnect"], None, None)?;
+        let vhost_user = Some(VhostUser { reconnect: true, ..backend.vhost_user() });
+        let options = MachineOptions { qemu: Qemu::V10, kernel: Kernel::V6_12, iommu: Iommu::Strict, vhost_user };
+        let mut machine = Machine::boot(&options, logs)?;
+        checks::ping(&mut machine, 300, "-f")?;
+        machine.start("/programs/ping -f -s 9000 10.0.2.1")?;
+        backend.replace_daemon("iotlbd-again", logs)?;
+        checks::answered(&mut machine)?;
+        machine.run("killall ping")?;
+        checks::ping(&mut machine, 300, "-f")?;
+        checks::transfers(&mut machine)?;
+        backend.check_running()?;
+        machine.power_off()?;
+        backend.end()
     });
 }
 

@@ -3,13 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use iotlb_proto::socket::PacketSocket;
 use tempfile::TempDir;
 
 use super::binaries::program;
 use super::network::TAP;
 use super::places::{self, Places};
 use super::process::{Process, eventually};
-use super::{GuestError, Logs, WATCHDOG};
+use super::{GuestError, Logs, VhostUser, WATCHDOG};
+
+/// How long one attempt to connect may take.
+const CONNECT_TIMEOUT_MS: u32 = 1000;
 
 /// The queue whose buffers the guest receives into.
 pub const RECEIVE_QUEUE: u16 = 0;
@@ -22,6 +26,7 @@ pub struct Backend {
     // The order of the fields is the order of their end: workers first, then the daemon, then its sockets' folder.
     workers: Vec<(String, Process)>,
     daemon: Process,
+    queue_pairs: u16,
     directory: TempDir,
 }
 
@@ -31,7 +36,15 @@ impl Backend {
     /// # Errors
     /// A program cannot be built or started, or ends.
     pub fn tap(logs: &Logs) -> Result<Backend, GuestError> {
-        let mut backend = Backend::daemon(logs)?;
+        Backend::tap_pairs(logs, 1)
+    }
+
+    /// As [`Backend::tap`], where the device has `queue_pairs` pairs of queues; the workers serve the first.
+    ///
+    /// # Errors
+    /// As [`Backend::tap`].
+    pub fn tap_pairs(logs: &Logs, queue_pairs: u16) -> Result<Backend, GuestError> {
+        let mut backend = Backend::daemon_with(logs, queue_pairs, None)?;
         backend.add_tap_worker("receive", RECEIVE_QUEUE, logs)?;
         backend.add_tap_worker("transmit", TRANSMIT_QUEUE, logs)?;
         Ok(backend)
@@ -48,7 +61,7 @@ impl Backend {
         worker: Option<&Path>,
         places: Option<Places>,
     ) -> Result<Backend, GuestError> {
-        let mut backend = Backend::daemon_with(logs, places)?;
+        let mut backend = Backend::daemon_with(logs, 1, places)?;
         let worker = worker.map_or_else(|| program("iotlb-net"), |path| Ok(path.to_path_buf()))?;
         for (name, queue) in [("receive", RECEIVE_QUEUE), ("transmit", TRANSMIT_QUEUE)] {
             let queue = queue.to_string();
@@ -66,28 +79,26 @@ impl Backend {
     /// # Errors
     /// As [`Backend::tap`].
     pub fn echo(logs: &Logs) -> Result<Backend, GuestError> {
-        let mut backend = Backend::daemon(logs)?;
+        let mut backend = Backend::daemon_with(logs, 1, None)?;
         backend.add_worker("echo", &["--queues", "0,1", "--echo"], logs)?;
         Ok(backend)
     }
 
-    fn daemon(logs: &Logs) -> Result<Backend, GuestError> {
-        Backend::daemon_with(logs, None)
+    fn daemon_with(logs: &Logs, queue_pairs: u16, places: Option<Places>) -> Result<Backend, GuestError> {
+        let directory = TempDir::new().map_err(GuestError::io("making a folder for the sockets"))?;
+        let daemon = start_daemon("iotlbd", directory.path(), queue_pairs, places, logs)?;
+        Ok(Backend { workers: Vec::new(), daemon, queue_pairs, directory })
     }
 
-    fn daemon_with(logs: &Logs, places: Option<Places>) -> Result<Backend, GuestError> {
-        let directory = TempDir::new().map_err(GuestError::io("making a folder for the sockets"))?;
-        let (front, control) = (front_path(directory.path()), control_path(directory.path()));
-        let mut command = Command::new(program("iotlbd")?);
-        command.arg(argument("--socket-path=", &front)).arg(argument("--control-socket=", &control));
-        command.arg(argument("--stats=", &logs.path("stats")));
-        command.args(places.map(|places| format!("--cpu={}", places.front_end)));
-        let mut daemon = Process::start("iotlbd", command, logs)?;
-        eventually("iotlbd to open its sockets", WATCHDOG, || {
-            daemon.check_running()?;
-            Ok(front.exists() && control.exists())
-        })?;
-        Ok(Backend { workers: Vec::new(), daemon, directory })
+    /// Kills the daemon at whatever it is doing and starts another one; its log has the name.
+    ///
+    /// # Errors
+    /// It had ended before, or cannot be started.
+    pub fn replace_daemon(&mut self, name: &str, logs: &Logs) -> Result<(), GuestError> {
+        self.daemon.check_running()?;
+        self.daemon.kill()?;
+        self.daemon = start_daemon(name, self.directory.path(), self.queue_pairs, None, logs)?;
+        Ok(())
     }
 
     /// Starts a worker that serves one queue from the TAP; its log has its name.
@@ -109,9 +120,9 @@ impl Backend {
         Ok(())
     }
 
-    /// The socket a front-end connects to.
-    pub fn front_socket(&self) -> PathBuf {
-        front_path(self.directory.path())
+    /// What QEMU has to know of it.
+    pub fn vhost_user(&self) -> VhostUser {
+        VhostUser { socket: front_path(self.directory.path()), queue_pairs: self.queue_pairs, reconnect: false }
     }
 
     /// The daemon.
@@ -165,6 +176,28 @@ impl Backend {
         }
         Ok(())
     }
+}
+
+/// Starts a daemon and waits until it may be connected to.
+fn start_daemon(
+    name: &str,
+    directory: &Path,
+    queue_pairs: u16,
+    places: Option<Places>,
+    logs: &Logs,
+) -> Result<Process, GuestError> {
+    let (front, control) = (front_path(directory), control_path(directory));
+    let mut command = Command::new(program("iotlbd")?);
+    command.arg(argument("--socket-path=", &front)).arg(argument("--control-socket=", &control));
+    command.arg(argument("--stats=", &logs.path("stats"))).arg(format!("--queue-pairs={queue_pairs}"));
+    command.args(places.map(|places| format!("--cpu={}", places.front_end)));
+    let mut daemon = Process::start(name, command, logs)?;
+    // A killed one leaves its sockets behind: what counts is that somebody listens.
+    eventually("iotlbd to open its sockets", WATCHDOG, || {
+        daemon.check_running()?;
+        Ok(front.exists() && PacketSocket::connect(&control, CONNECT_TIMEOUT_MS).is_ok())
+    })?;
+    Ok(daemon)
 }
 
 fn front_path(directory: &Path) -> PathBuf {

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use tempfile::TempDir;
@@ -33,16 +33,27 @@ pub enum Iommu {
 }
 
 /// What to boot, and against what.
-#[derive(Clone, Copy, Debug)]
-pub struct MachineOptions<'a> {
+#[derive(Clone, Debug)]
+pub struct MachineOptions {
     /// The QEMU.
     pub qemu: Qemu,
     /// The kernel.
     pub kernel: Kernel,
     /// The IOMMU.
     pub iommu: Iommu,
-    /// The vhost-user socket of the back-end; none for QEMU's own device on the TAP.
-    pub vhost_user: Option<&'a Path>,
+    /// The back-end; none for QEMU's own device on the TAP.
+    pub vhost_user: Option<VhostUser>,
+}
+
+/// How QEMU speaks with a back-end.
+#[derive(Clone, Debug)]
+pub struct VhostUser {
+    /// Its socket.
+    pub socket: PathBuf,
+    /// Pairs of queues to give the guest; the back-end has as many.
+    pub queue_pairs: u16,
+    /// Connect again when the connection ends.
+    pub reconnect: bool,
 }
 
 /// A running guest.
@@ -59,7 +70,7 @@ impl Machine {
     ///
     /// # Errors
     /// Any: something to boot is missing, QEMU ends, the guest does not come up within [`WATCHDOG`].
-    pub fn boot(options: &MachineOptions<'_>, logs: &Logs) -> Result<Machine, GuestError> {
+    pub fn boot(options: &MachineOptions, logs: &Logs) -> Result<Machine, GuestError> {
         let deadline = Instant::now() + WATCHDOG;
         let directory = TempDir::new().map_err(GuestError::io("making a folder for the serial port"))?;
         let port = directory.path().join("serial");
@@ -81,10 +92,11 @@ impl Machine {
             }
             Iommu::Off => {}
         }
-        match options.vhost_user {
-            Some(path) => {
-                command.arg("-chardev").arg(format!("socket,id=chr0,path={}", path.display()));
-                command.args(["-netdev", "vhost-user,id=n0,chardev=chr0"]);
+        match &options.vhost_user {
+            Some(VhostUser { socket, queue_pairs, reconnect }) => {
+                let again = if *reconnect { ",reconnect-ms=100" } else { "" };
+                command.arg("-chardev").arg(format!("socket,id=chr0,path={}{again}", socket.display()));
+                command.arg("-netdev").arg(format!("vhost-user,id=n0,chardev=chr0,queues={queue_pairs}"));
             }
             None => {
                 command.arg("-netdev").arg(format!("tap,id=n0,ifname={TAP},script=no,downscript=no,vhost=off"));
@@ -229,7 +241,7 @@ impl Machine {
     }
 }
 
-impl MachineOptions<'_> {
+impl MachineOptions {
     /// The processor model.
     fn processor(&self) -> &'static str {
         match (self.qemu, self.kernel) {
@@ -247,6 +259,9 @@ impl MachineOptions<'_> {
         // With MSI-X, 7.2 crashes under emulation as the guest starts a vhost-user device.
         if self.qemu == Qemu::V7 && self.vhost_user.is_some() {
             device.push_str(",vectors=0");
+        }
+        if self.vhost_user.as_ref().is_some_and(|back_end| back_end.queue_pairs > 1) {
+            device.push_str(",mq=on");
         }
         device
     }

@@ -23,7 +23,7 @@ pub use assets::{Kernel, Qemu};
 pub use backend::{Backend, RECEIVE_QUEUE, TRANSMIT_QUEUE};
 pub use error::GuestError;
 pub use logs::Logs;
-pub use machine::{Iommu, Machine, MachineOptions};
+pub use machine::{Iommu, Machine, MachineOptions, VhostUser};
 pub use network::{GUEST_ADDRESS, HOST_ADDRESS, Network};
 pub use places::Places;
 pub use process::Process;
