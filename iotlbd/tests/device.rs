@@ -5,7 +5,8 @@ mod harness;
 use std::os::fd::OwnedFd;
 
 use harness::{
-    AVAIL, Bench, DESC, MIB, ROOMY, RW, USED, USER, bench, channel, eventfd, memfd, region, started, table_of, target,
+    AVAIL, Bench, DESC, MIB, ROOMY, RW, SMALLEST, USED, USER, bench, channel, eventfd, memfd, region, started,
+    table_of, target,
 };
 use iotlb_proto::access::Access;
 use iotlb_proto::vhost_user::features::{protocol, virtio};
@@ -67,7 +68,7 @@ fn a_full_table_still_takes_what_is_new() {
     let fd = memfd(MIB);
     let config = DeviceConfig::net(1, 100, 1 << 40);
     let (features, protocol) = (config.features, config.protocol_features);
-    let mut bench = Bench::new(config, 336_000);
+    let mut bench = Bench::new(config, SMALLEST);
     bench.event(Event::FrontEndConnected);
     bench.silent(Request::SetProtocolFeatures(protocol));
     bench.silent(Request::SetFeatures(features));

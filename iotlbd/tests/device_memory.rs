@@ -4,7 +4,9 @@ mod harness;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use harness::{AVAIL, Bench, DESC, MIB, ROOMY, RW, USER, bench, eventfd, memfd, region, started, table_of, target};
+use harness::{
+    AVAIL, Bench, DESC, MIB, ROOMY, RW, SMALLEST, USER, bench, eventfd, memfd, region, started, table_of, target,
+};
 use iotlb_proto::vhost_user::features::virtio;
 use iotlb_proto::vhost_user::{MemoryRegion, Request};
 use iotlb_proto::worker::Answer;
@@ -197,4 +199,97 @@ fn a_ring_outside_guest_memory_does_not_start() {
     bench.ack(table_of(&[(region(0, MIB, USER), &memfd(MIB))]));
     bench.start_ring(0, USER + MIB - 16, USER, USER);
     assert!(!bench.device.is_running());
+}
+
+/// A front-end without IOMMU with so many regions, far apart, that the smallest table has no room for all of them.
+fn more_regions_than_fit() -> (Bench, Vec<u64>) {
+    let fd = memfd(0x4000);
+    let config = DeviceConfig::net(1, 100, 1 << 40);
+    let features = config.features & !virtio::ACCESS_PLATFORM;
+    let guests: Vec<u64> = (0..64).map(|n| n << 39).collect();
+    let regions: Vec<_> = guests.iter().map(|guest| (region(*guest, 0x4000, USER + (guest >> 25)), &fd)).collect();
+    let mut bench = Bench::new(config, SMALLEST).connect(features, &regions);
+    bench.start_ring(0, USER, USER + 0x1000, USER + 0x2000);
+    bench.actions.clear();
+    (bench, guests)
+}
+
+#[test]
+fn a_region_that_was_evicted_is_published_again_for_who_misses_it() {
+    let (mut bench, guests) = more_regions_than_fit();
+    let places: Vec<_> = bench.device.regions().0.into_iter().map(|(r, _)| (r.guest_address, r.arena_offset)).collect();
+    let (there, gone): (Vec<u64>, Vec<u64>) = guests.iter().partition(|guest| target(&bench, **guest).is_some());
+    assert!(!there.is_empty() && !gone.is_empty(), "all have room, or none has");
+    // Each may evict another, and that one comes again as well.
+    for (guest, ticket) in guests.iter().chain(&guests).zip(1..) {
+        bench.miss(0, 0, ticket, *guest, 64, RW);
+        assert_eq!(bench.answers(), [(0, 0, ticket, Answer::Resolved)], "{guest:#x}");
+        let place = places.iter().find(|(of, _)| of == guest).map(|(_, place)| *place);
+        assert_eq!(target(&bench, *guest), place, "{guest:#x}");
+    }
+    // What no region holds is denied all the same, and so is what only begins in one.
+    bench.miss(0, 0, 1000, 1 << 38, 64, RW);
+    bench.miss(0, 1, 1001, 0x3fff, 2, RW);
+    assert_eq!(bench.answers(), [(0, 0, 1000, Answer::Denied), (0, 1, 1001, Answer::Denied)]);
+}
+
+#[test]
+fn what_an_evicted_region_waits_for_is_a_grace_period() {
+    let (mut bench, guests) = more_regions_than_fit();
+    (bench.instant_grace, bench.instant_work) = (false, false);
+    let gone: Vec<u64> = guests.iter().copied().filter(|guest| target(&bench, *guest).is_none()).collect();
+    // The first ones find room, or make some; a node that was in use comes back after a grace period only.
+    let mut waited = false;
+    for (guest, ticket) in gone.iter().zip(1..) {
+        bench.miss(0, 0, ticket, *guest, 64, RW);
+        while bench.device.has_work() {
+            bench.event(Event::Continue);
+        }
+        if bench.device.grace_target().is_some() {
+            waited = true;
+            assert_eq!((bench.answers(), target(&bench, *guest)), (vec![], None), "a node was used again too early");
+            bench.grace();
+        }
+        assert_eq!(bench.answers(), [(0, 0, ticket, Answer::Resolved)]);
+    }
+    assert!(waited, "no entry was evicted");
+}
+
+#[test]
+fn who_misses_evicted_regions_on_and_on_holds_up_neither_others_nor_the_front_end() {
+    let (mut bench, guests) = more_regions_than_fit();
+    (bench.instant_grace, bench.instant_work) = (false, false);
+    let gone: Vec<u64> = guests.iter().copied().filter(|guest| target(&bench, *guest).is_none()).collect();
+    let (wanted, others) = gone.split_first().expect("not all fit");
+    let mut ticket = 1;
+    for (cell, guest) in (0..).zip(others) {
+        bench.miss(0, cell, ticket, *guest, 64, RW);
+    }
+    bench.miss(1, 0, 1, *wanted, 64, RW);
+    for round in 0.. {
+        assert!(round < 2 * guests.len(), "worker 1 waits for ever");
+        assert!(bench.device.has_work());
+        bench.event(Event::Continue);
+        while bench.device.grace_target().is_some() {
+            bench.grace();
+        }
+        // Between two of them the front-end has its turn.
+        assert!(bench.device.accepts_requests());
+        bench.ack(Request::SetOwner);
+        let answers = bench.answers();
+        assert!(answers.iter().all(|(_, _, _, answer)| *answer == Answer::Resolved), "{answers:?}");
+        if answers.iter().any(|(worker, ..)| *worker == 1) {
+            break;
+        }
+        for (worker, cell, ..) in answers {
+            ticket += 1;
+            let evicted = others.iter().find(|guest| target(&bench, **guest).is_none()).expect("there is no room");
+            bench.miss(worker, cell, ticket, *evicted, 64, RW);
+        }
+    }
+    // Nobody is left behind when the last ring stops.
+    assert_eq!(bench.request(Request::GetVringBase { index: 0 }, false), []);
+    bench.grace();
+    let answers = bench.answers();
+    assert!(!answers.is_empty() && answers.iter().all(|(_, _, _, answer)| *answer == Answer::Stopped), "{answers:?}");
 }

@@ -4,7 +4,7 @@ mod harness;
 
 use std::os::fd::OwnedFd;
 
-use harness::{Bench, ROOMY, memfd, region, table_of};
+use harness::{Bench, ROOMY, SMALLEST, memfd, region, table_of};
 use iotlb_proto::access::Access;
 use iotlb_proto::vhost_user::features::virtio;
 use iotlb_proto::vhost_user::{IotlbMessage, MemoryRegion, Request};
@@ -245,7 +245,7 @@ fn many_regions_are_published_in_slices_before_the_reply() {
 #[test]
 fn an_update_finds_room_in_what_a_flush_left() {
     let fd = memfd(REGION);
-    let bench = Bench::in_slices(DeviceConfig::net(1, 100, 1 << 40), 336_000, 1);
+    let bench = Bench::in_slices(DeviceConfig::net(1, 100, 1 << 40), SMALLEST, 1);
     let features = bench.device.config().features;
     let mut bench = bench.connect(features, &[(low(), &fd)]);
     bench.instant_work = false;

@@ -1,6 +1,6 @@
 //! The device: what happens with each event, the life of a session, and who hears of misses.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -8,6 +8,7 @@ use iotlb_proto::control::RegionInfo;
 use iotlb_proto::table::TableWriter;
 use iotlb_proto::worker::{Answer, MissRequest};
 
+use super::held::{Held, HeldMisses};
 use super::memory::Memory;
 use super::miss::{Coverage, Misses, Surroundings, coverage};
 use super::ring::{Kick, Ring};
@@ -55,8 +56,8 @@ pub struct Device {
     pub(super) identity: bool,
     pub(super) session_generation: u64,
     pub(super) map_generation: u64,
-    /// Misses that came while the identity map is being rebuilt, judged when it stands. One a cell.
-    held: BTreeMap<(WorkerId, u16), MissRequest>,
+    /// Misses that came while the identity map is being rebuilt, judged when it stands, and those of its evicted parts.
+    held: HeldMisses,
     /// For what a front-end, or a guest or a worker through it, can make go wrong as often as it likes.
     complaints: LogBudget,
     pub(super) now_ns: u64,
@@ -80,7 +81,7 @@ impl Device {
             identity: false,
             session_generation,
             map_generation: 0,
-            held: BTreeMap::new(),
+            held: HeldMisses::default(),
             complaints: LogBudget::default(),
             now_ns: 0,
             config,
@@ -112,7 +113,7 @@ impl Device {
             Event::Miss { worker, cell, request } => self.miss(worker, cell, request),
             Event::WorkerGone { worker } => {
                 self.misses.worker_gone(worker);
-                self.held.retain(|(holder, _), _| *holder != worker);
+                self.held.worker_gone(worker);
             }
             Event::GraceCompleted { epoch } => self.grace_completed(epoch),
             Event::Continue => self.go_on(),
@@ -297,6 +298,11 @@ impl Device {
 
     fn miss(&mut self, worker: WorkerId, cell: u16, request: MissRequest) {
         self.counters.misses += 1;
+        self.judge(Held { worker, cell, request, published: false });
+    }
+
+    fn judge(&mut self, held: Held) {
+        let Held { worker, cell, request, published } = held;
         let now_ns = self.now_ns;
         let answer = if !self.session.connected || !self.is_running() {
             Answer::Stopped
@@ -314,9 +320,10 @@ impl Device {
         } else {
             match coverage(&self.table, request.range, request.access) {
                 Coverage::Covered => Answer::Resolved,
-                // The map may just be changing: judge when it stands.
-                _ if self.job.is_some() => {
-                    self.held.insert((worker, cell), request);
+                _ if published => Answer::Resolved,
+                // The map may just be changing: judge when it stands. What belongs to it was evicted, and comes again.
+                _ if self.job.is_some() || self.identity && self.memory.holds(request.range) => {
+                    self.held.insert(held);
                     return;
                 }
                 _ => Answer::Denied,
@@ -327,11 +334,22 @@ impl Device {
 
     /// Judges the misses that waited for the identity map.
     pub(super) fn release_held(&mut self) {
-        if self.held.is_empty() {
-            return;
+        if !self.held.is_empty() {
+            self.held.take().for_each(|held| self.judge(held));
         }
-        for ((worker, cell), request) in std::mem::take(&mut self.held) {
-            self.miss(worker, cell, request);
+    }
+
+    /// Whether a part of the identity map is to be published again. Not while the front-end's own job is under way; and
+    /// when this one is done, the front-end's turn comes first.
+    pub(super) fn is_missed(&self) -> bool {
+        self.job.is_none() && !self.held.is_empty()
+    }
+
+    /// Publishes the next part of the identity map that was evicted and is missed.
+    pub(super) fn publish_missed(&mut self) {
+        if let Some(range) = self.held.publish_next() {
+            let parts = self.identity_parts(range).into();
+            self.start(Job { parts, ..Job::give(Due::Nothing) });
         }
     }
 

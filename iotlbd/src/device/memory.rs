@@ -270,6 +270,18 @@ impl Memory {
         Some(region.info.guest_address + (user - region.user_address))
     }
 
+    /// Whether all of a range of guest addresses lies in regions.
+    pub(super) fn holds(&self, guest: IovaRange) -> bool {
+        let mut left = Some(guest);
+        while let Some(range) = left {
+            let mut regions = self.regions.iter().filter_map(Region::guest_range);
+            let Some(region) = regions.find(|region| region.contains(range.first())) else { return false };
+            // The next one has to go on where this one ends.
+            left = region.last().checked_add(1).and_then(|next| IovaRange::new(next, range.last()));
+        }
+        true
+    }
+
     /// Region and offset in it of an arena address.
     pub(super) fn locate(&self, arena: u64) -> Option<(u64, u64)> {
         let region = self.regions.iter().find(|r| r.arena().0 <= arena && arena <= r.arena().1)?;
@@ -449,6 +461,20 @@ mod tests {
         assert_eq!(memory.guest_address(0x11_0010, 0xfff1), None);
         assert_eq!(memory.guest_address(0x10_fff0, 32), None, "neighbours only in the front-end");
         assert_eq!(memory.guest_address(0x10_0000, 0), None);
+    }
+
+    #[test]
+    fn guest_memory_is_what_lies_in_regions_that_follow_each_other() {
+        let mut memory = Memory::new(1 << 40);
+        // Neighbours in the guest, and one at the end of its address space.
+        let table = [(0x1_0000, 0x30_0000), (0, 0x10_0000), (u64::MAX - 0xffff, 0x50_0000)]
+            .map(|(guest, user)| (description(guest, 0x1_0000, user), memfd(0x1_0000)));
+        let (mut plan, result) = memory.plan_table(table.into());
+        result.expect("a table");
+        memory.commit(&mut plan);
+        let holds = |first, last| memory.holds(IovaRange::new(first, last).expect("in order"));
+        assert!(holds(0, 0) && holds(0xfff0, 0x1_000f) && holds(0, 0x1_ffff) && holds(u64::MAX - 0xffff, u64::MAX));
+        assert!(!holds(0x1_fff0, 0x2_0000) && !holds(0x2_0000, 0x2_0000) && !holds(u64::MAX - 0x1_0000, u64::MAX));
     }
 
     #[test]

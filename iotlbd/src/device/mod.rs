@@ -15,9 +15,11 @@
 //! | `memory` | regions of guest memory: user address to arena offset |
 //! | `ring` | vrings: when workers may touch them, and how far they got |
 //! | `miss` | the miss engine |
+//! | `held` | misses of sessions without IOMMU that wait |
 pub mod action;
 pub mod config;
 pub mod event;
+mod held;
 mod iotlb;
 pub mod machine;
 mod memory;

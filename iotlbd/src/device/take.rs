@@ -10,7 +10,7 @@ use iotlb_proto::iova::IovaRange;
 use iotlb_proto::table::TargetRemoval;
 use smallvec::SmallVec;
 
-use super::memory::{Plan, Region};
+use super::memory::Plan;
 use super::ring::USED_INDEX;
 use super::{Action, Device, MemoryChange, ReplyPayload};
 
@@ -165,13 +165,15 @@ impl Device {
     /// Whether there is work that goes on with [`super::Event::Continue`].
     #[must_use]
     pub fn has_work(&self) -> bool {
-        self.is_unfinished() || !self.table.is_tidy()
+        self.is_unfinished() || self.is_missed() || !self.table.is_tidy()
     }
 
     /// Does one slice. A job first: somebody waits for it.
     pub(super) fn go_on(&mut self) {
         if self.is_unfinished() {
             self.advance();
+        } else if self.is_missed() {
+            self.publish_missed();
         } else {
             self.table.tidy();
         }
@@ -239,7 +241,7 @@ impl Device {
                     self.refresh_rings();
                 }
                 if job.identity {
-                    job.parts.extend(self.identity_parts());
+                    job.parts.extend(self.identity_parts(IovaRange::ALL));
                     self.identity = true;
                 }
                 Step::Next(Stage::Publish)
@@ -263,12 +265,20 @@ impl Device {
         self.actions.extend(changes.map(Action::Memory));
     }
 
-    fn identity_parts(&self) -> Vec<Part> {
-        let access = Access::READ_WRITE;
-        let part = |region: &Region| {
-            Some(Part::Insert { range: region.guest_range()?, target: region.info.arena_offset, access })
-        };
-        self.memory.regions().iter().filter_map(part).collect()
+    /// What is to be published for `wanted` to be there as guest memory is: the regions it touches, and those that lie
+    /// over them, in the order that decides between them.
+    pub(super) fn identity_parts(&self, wanted: IovaRange) -> Vec<Part> {
+        let mut ranges = vec![wanted];
+        let mut parts = Vec::new();
+        for region in self.memory.regions() {
+            if let Some(range) = region.guest_range()
+                && ranges.iter().any(|chosen| chosen.overlaps(range))
+            {
+                ranges.push(range);
+                parts.push(Part::Insert { range, target: region.info.arena_offset, access: Access::READ_WRITE });
+            }
+        }
+        parts
     }
 
     fn publish(&mut self, job: &mut Job) -> Step {

@@ -15,6 +15,8 @@ use iotlbd::device::{Action, Device, DeviceConfig, Event, ReplyPayload, WorkerId
 
 /// A table large enough that nothing is evicted.
 pub const ROOMY: u64 = 8 << 20;
+/// The smallest there is: 64 nodes.
+pub const SMALLEST: u64 = 336_000;
 pub const MIB: u64 = 1 << 20;
 pub const USER: u64 = 0x7000_0000_0000;
 pub const RW: Access = Access::READ_WRITE;
