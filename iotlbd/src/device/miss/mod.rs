@@ -21,16 +21,18 @@ use iotlb_proto::iova::{IovaRange, PAGE_MASK, PAGE_SIZE};
 use iotlb_proto::layout::worker::{CELL_CAPACITY, CELL_PAGES_MAX};
 use iotlb_proto::vhost_user::{IotlbKind, IotlbMessage};
 use iotlb_proto::worker::{Answer, MissRequest};
-use smallvec::{SmallVec, smallvec};
+use smallvec::SmallVec;
 
 use super::{Action, WorkerId};
 pub(super) use coverage::{Coverage, Translations, coverage, pages_of};
+use crowd::{Crowd, Interest};
 use flights::{Flight, Flights, IN_FLIGHT_MAX};
 use open::OpenPages;
-use pages::{Interest, PageMiss, PageMisses, State};
+use pages::{PageMiss, PageMisses, State};
 use turns::{Owner, Turns};
 
 mod coverage;
+mod crowd;
 mod flights;
 mod open;
 mod pages;
@@ -309,13 +311,10 @@ impl Misses {
     /// latter.
     fn send<T: Translations>(&mut self, page: u64, ends_batch: bool, to: &mut Surroundings<'_, T>) -> bool {
         let Some(entry) = self.pages.get_mut(page) else { return false };
-        let together = if entry.apart { 1 } else { entry.waiters.len() };
-        let access = entry
-            .waiters
-            .iter()
-            .take(together)
-            .filter_map(|i| self.waiters.get(&i.waiter))
-            .fold(Access::NONE, |all, waiter| all.union(waiter.access));
+        let access = match entry.waiters.first() {
+            Some(first) if entry.apart => first.access,
+            _ => entry.waiters.iter().fold(Access::NONE, |all, interest| all.union(interest.access)),
+        };
         // Asked once by page, as front-ends expect, and then by the very address: a front-end may know only a part of
         // the page.
         let iova = match entry.waiters.first() {
@@ -353,7 +352,7 @@ impl Misses {
         let mut verdicts = Vec::new();
         let mut passed_over = false;
         let mut anyone = false;
-        for interest in &mut entry.waiters {
+        for interest in entry.waiters.iter_mut() {
             let Some(waiter) = self.waiters.get(&interest.waiter) else { continue };
             // The message must be younger than the waiter, and must have asked for what the waiter wants: for a refusal
             // no more than that, for a success no less.
@@ -452,11 +451,12 @@ impl Misses {
             if coverage(table, waiter.part_in(page), waiter.access) == Coverage::Covered || !waiter.open.insert(page) {
                 continue;
             }
-            let interest = Interest { waiter: id, joined: self.flights.sent(), denials: 0, attempts: 0 };
+            let joined = self.flights.sent();
+            let interest = Interest { waiter: id, owner, joined, access: waiter.access, denials: 0, attempts: 0 };
             match self.pages.entry(page) {
                 Entry::Occupied(mut entry) => {
                     let miss = entry.get_mut();
-                    miss.waiters.push(interest);
+                    miss.waiters.join(interest);
                     // It waits in the shorter queue of the two: who asks for little need not wait for all that somebody
                     // else asked for before.
                     if let State::Queued(place) = miss.state
@@ -468,7 +468,7 @@ impl Misses {
                 }
                 Entry::Vacant(entry) => {
                     let state = State::Queued(self.turns.join(owner, page));
-                    entry.insert(PageMiss { state, apart: false, waiters: smallvec![interest] });
+                    entry.insert(PageMiss { state, apart: false, waiters: Crowd::of(interest) });
                 }
             }
         }
@@ -477,7 +477,7 @@ impl Misses {
     /// Puts a page (back) into the queue of its first waiter, or drops it when there is none.
     fn requeue(&mut self, page: u64) {
         let Some(entry) = self.pages.get_mut(page) else { return };
-        let Some(owner) = entry.waiters.first().and_then(|i| self.waiters.get(&i.waiter)).map(Waiter::owner) else {
+        let Some(owner) = entry.waiters.first().map(|interest| interest.owner) else {
             self.drop_page(page);
             return;
         };
@@ -507,7 +507,7 @@ impl Misses {
     /// Takes a waiter off a page, and drops the page when it was the last.
     fn detach(&mut self, id: u64, page: u64) {
         let Some(entry) = self.pages.get_mut(page) else { return };
-        entry.waiters.retain(|i| i.waiter != id);
+        entry.waiters.leave(id);
         if entry.waiters.is_empty() {
             self.drop_page(page);
         } else {
@@ -518,8 +518,7 @@ impl Misses {
     /// A page that lost a waiter may wait in the queue of somebody who does not want it any more.
     fn see_to_owner(&mut self, page: u64) {
         let Some(PageMiss { state: State::Queued(place), waiters, .. }) = self.pages.get(page) else { return };
-        let mut owners = waiters.iter().filter_map(|i| self.waiters.get(&i.waiter)).map(Waiter::owner);
-        if !owners.any(|owner| owner == place.owner()) {
+        if !waiters.has_of(place.owner()) {
             self.requeue(page);
         }
     }

@@ -8,23 +8,13 @@ use std::collections::hash_map::Entry;
 
 use foldhash::fast::RandomState;
 use iotlb_proto::iova::{IovaRange, PAGE_MASK, PAGE_SIZE};
-use smallvec::SmallVec;
 
+use super::crowd::Crowd;
 use super::turns::Place;
 
 /// Room that stays when nobody waits any more, in pages: some bursts of a worker, 45 KiB. More goes back, or one great
 /// burst would be paid for as long as the device lives.
 const ROOM_KEPT: usize = 512;
-
-/// One waiter of one page.
-#[derive(Clone, Debug)]
-pub(super) struct Interest {
-    pub(super) waiter: u64,
-    /// Messages sent, of any page, when the waiter joined: only later ones say something about it.
-    pub(super) joined: u64,
-    pub(super) denials: u8,
-    pub(super) attempts: u8,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
@@ -39,8 +29,7 @@ pub(super) struct PageMiss {
     pub(super) state: State,
     /// Ask for one waiter's access at a time: asked together they were refused.
     pub(super) apart: bool,
-    /// Mostly one: workers seldom want the same page at the same time.
-    pub(super) waiters: SmallVec<[Interest; 1]>,
+    pub(super) waiters: Crowd,
 }
 
 /// All of them, by the page's first address.
@@ -117,13 +106,15 @@ impl PageMisses {
 
 #[cfg(test)]
 mod tests {
-    use smallvec::smallvec;
+    use iotlb_proto::access::Access;
 
+    use super::super::crowd::Interest;
     use super::*;
 
     fn wanted(number: u64) -> PageMiss {
-        let interest = Interest { waiter: 0, joined: 0, denials: 0, attempts: 0 };
-        PageMiss { state: State::Sent { number }, apart: false, waiters: smallvec![interest] }
+        let access = Access::READ;
+        let interest = Interest { waiter: 0, owner: None, joined: 0, access, denials: 0, attempts: 0 };
+        PageMiss { state: State::Sent { number }, apart: false, waiters: Crowd::of(interest) }
     }
 
     #[test]

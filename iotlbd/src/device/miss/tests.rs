@@ -183,6 +183,42 @@ fn a_page_that_somebody_else_queued_comes_in_ones_own_turn() {
     assert!(batch.len() < IN_FLIGHT_MAX && batch.iter().any(|(page, _)| *page == wanted), "{batch:?}");
 }
 
+#[test]
+fn many_who_want_the_same_pages_give_up_without_a_look_at_each_other() {
+    // Every way to an end: time, refusal, the workers' own, the device's, a cell that is posted again.
+    for end in ["time", "refusal", "gone", "stop", "again"] {
+        let (pages, mut actions) = (Pages::default(), VecDeque::new());
+        let mut misses = Misses::new(400);
+        let (workers, cells) = (8, 64);
+        let all = || (0..cells).flat_map(|cell| (0..workers).map(move |worker| (worker, cell)));
+        let same = request(0, 0, CELL_PAGES_MAX * PAGE_SIZE, Access::READ);
+        for (worker, cell) in all() {
+            misses.post(WorkerId(worker), cell, same, 0, &mut around(&pages, &mut actions));
+        }
+        if end == "refusal" {
+            misses.pump(&mut around(&pages, &mut actions));
+        }
+        let before = crowd::LOOKS.get();
+        match end {
+            "time" => misses.tick(u64::MAX, &mut actions),
+            "refusal" => {
+                while misses.waiting() > 0 {
+                    assert!(misses.reply(1, &mut around(&pages, &mut actions)));
+                    misses.pump(&mut around(&pages, &mut actions));
+                }
+            }
+            "gone" => (0..workers).for_each(|worker| misses.worker_gone(WorkerId(worker))),
+            "stop" => misses.stop(&mut actions),
+            _ => all().for_each(|(worker, cell)| {
+                misses.post(WorkerId(worker), cell, same, 0, &mut around(&pages, &mut actions));
+            }),
+        }
+        let places = u64::from(workers) * u64::from(cells) * CELL_PAGES_MAX;
+        let looks = crowd::LOOKS.get() - before;
+        assert!(looks < 32 * places, "{end}: {looks} looks for {places} places");
+    }
+}
+
 fn around<'a>(table: &'a Pages, actions: &'a mut VecDeque<Action>) -> Surroundings<'a, Pages> {
     Surroundings { table, actions, replies: true, now_ns: 0 }
 }
@@ -244,8 +280,10 @@ fn check(misses: &Misses) {
     assert_eq!(queued.len(), places.len(), "a page is queued twice");
     for (page, entry) in misses.pages.iter() {
         assert!(!entry.waiters.is_empty(), "a page that nobody waits for");
-        for interest in &entry.waiters {
-            assert!(misses.waiters[&interest.waiter].open.iter().any(|open| open == *page), "a waiter knows its page");
+        for interest in entry.waiters.iter() {
+            let waiter = &misses.waiters[&interest.waiter];
+            assert!(waiter.open.iter().any(|open| open == *page), "a waiter knows its page");
+            assert_eq!((interest.owner, interest.access), (waiter.owner(), waiter.access));
         }
         match entry.state {
             State::Queued(place) => {
