@@ -293,3 +293,39 @@ fn who_misses_evicted_regions_on_and_on_holds_up_neither_others_nor_the_front_en
     let answers = bench.answers();
     assert!(!answers.is_empty() && answers.iter().all(|(_, _, _, answer)| *answer == Answer::Stopped), "{answers:?}");
 }
+
+/// A front-end without IOMMU and with two regions; the ring lies in the second one, and is 31 entries far.
+fn ring_in_the_second_region() -> (Bench, [(MemoryRegion, OwnedFd); 2]) {
+    let fds = [memfd(MIB), memfd(MIB)];
+    let regions = [region(0, MIB, USER), region(0x1_0000_0000, MIB, 0x5000_0000)];
+    let config = DeviceConfig::net(1, 100, 1 << 40);
+    let features = config.features & !virtio::ACCESS_PLATFORM;
+    let mut bench = Bench::new(config, ROOMY).connect(features, &[(regions[0], &fds[0]), (regions[1], &fds[1])]);
+    bench.start_ring(0, 0x5000_0000, 0x5000_1000, 0x5000_2000);
+    assert_eq!(rustix::io::pwrite(&fds[1], &31u16.to_le_bytes(), 0x2002), Ok(2));
+    let [first, second] = fds;
+    (bench, [(regions[0], first), (regions[1], second)])
+}
+
+#[test]
+fn a_ring_whose_memory_went_goes_on_where_it_was_when_it_is_back() {
+    for by_table in [false, true] {
+        let (mut bench, [(first, fd), (second, ring_fd)]) = ring_in_the_second_region();
+        bench.ack(if by_table { table_of(&[(first, &fd)]) } else { Request::RemMemReg(second) });
+        assert!(!bench.device.is_running());
+        bench.ack(Request::AddMemReg(second, ring_fd));
+        assert!(bench.device.is_running());
+        let base = bench.device.table().memory().queues()[0].base.load(iotlb_proto::sync::Ordering::Relaxed);
+        assert_eq!(base, 31, "by table: {by_table}");
+    }
+}
+
+#[test]
+fn a_ring_whose_memory_goes_is_covered_by_the_same_grace_period() {
+    let (mut bench, [_, (second, _)]) = ring_in_the_second_region();
+    bench.instant_grace = false;
+    assert_eq!(bench.request(Request::RemMemReg(second), true), []);
+    assert!(!bench.device.is_running());
+    bench.grace();
+    assert_eq!(bench.device.grace_target(), None, "there is nothing else to wait for");
+}

@@ -116,6 +116,11 @@ impl Plan {
     pub(super) fn is_empty(&self) -> bool {
         self.removed.is_empty() && self.added.is_empty()
     }
+
+    /// The guest physical address of a user range that will lie in one region.
+    pub(super) fn guest_address(&self, user: u64, len: u64) -> Option<u64> {
+        guest_address(&self.next, user, len)
+    }
 }
 
 /// A region of a table that is not there yet.
@@ -265,9 +270,7 @@ impl Memory {
 
     /// The guest physical address of a user range that lies in one region.
     pub(super) fn guest_address(&self, user: u64, len: u64) -> Option<u64> {
-        let last = user.checked_add(len.checked_sub(1)?)?;
-        let region = self.regions.iter().find(|r| r.user_address <= user && last <= r.user_last())?;
-        Some(region.info.guest_address + (user - region.user_address))
+        guest_address(&self.regions, user, len)
     }
 
     /// Whether all of a range of guest addresses lies in regions.
@@ -353,6 +356,12 @@ impl Memory {
             align,
         })
     }
+}
+
+fn guest_address(regions: &[Region], user: u64, len: u64) -> Option<u64> {
+    let last = user.checked_add(len.checked_sub(1)?)?;
+    let region = regions.iter().find(|r| r.user_address <= user && last <= r.user_last())?;
+    Some(region.info.guest_address + (user - region.user_address))
 }
 
 /// Sorts by user address and refuses overlaps.

@@ -194,6 +194,7 @@ impl Device {
                         due.refused()
                     }
                 };
+                self.stop_rings_without(&plan);
                 self.clear_table();
                 if !plan.is_empty() {
                     self.table.note_taken();
@@ -219,6 +220,7 @@ impl Device {
                         return Ok(Outcome::Job(Job::take(due)));
                     }
                 };
+                self.stop_rings_without(&plan);
                 // Entries are found by where they point, which is the region, whatever their IOVA is.
                 let (first, last) = region.arena();
                 let removal = TargetRemoval::new(first, last);

@@ -7,6 +7,7 @@ use iotlb_proto::iova::IovaRange;
 use iotlb_proto::table::QueueRecord;
 use iotlb_proto::vhost_user::VringAddress;
 
+use super::memory::Plan;
 use super::{Action, Device};
 
 /// Largest split ring (virtio specification, 2.7).
@@ -181,8 +182,35 @@ impl Device {
         was_started
     }
 
-    /// Where workers find the ring: IOVAs as told, or guest addresses converted from user addresses.
-    fn ring_addresses(&self, index: usize) -> Result<Option<Addresses>, RingError> {
+    /// Stops the rings that will lie outside memory: the drain before it goes is theirs too, and while it is there, how
+    /// far they got can be read.
+    pub(super) fn stop_rings_without(&mut self, plan: &Plan) {
+        for index in 0..self.rings.len() {
+            let is_started = self.rings.get(index).is_some_and(|ring| ring.started.is_some());
+            if is_started && let Err(error) = self.ring_addresses(index, |user, len| plan.guest_address(user, len)) {
+                tracing::warn!(ring = index, %error, "ring stopped");
+                self.locate_used_index(index);
+                self.end_ring(index);
+            }
+        }
+    }
+
+    /// Makes a ring untouchable that may go on one day.
+    fn end_ring(&mut self, index: usize) {
+        if let Some(ring) = self.rings.get_mut(index) {
+            ring.started = None;
+            ring.unread = true;
+        }
+        self.publish_ring(index);
+        self.table.note_taken();
+    }
+
+    /// Where workers find the ring: IOVAs as told, or guest addresses converted from user addresses with `guest`.
+    fn ring_addresses(
+        &self,
+        index: usize,
+        guest: impl Fn(u64, u64) -> Option<u64>,
+    ) -> Result<Option<Addresses>, RingError> {
         let Some(ring) = self.rings.get(index) else { return Ok(None) };
         let Some(address) = ring.address.filter(|_| ring.is_complete()) else { return Ok(None) };
         let at = told(&address);
@@ -192,8 +220,7 @@ impl Device {
         }
         let convert = |part: usize, what| {
             let range = parts.get(part).map_or(IovaRange::ALL, |(range, _)| *range);
-            self.memory
-                .guest_address(range.first(), range.len_minus_one().saturating_add(1))
+            guest(range.first(), range.len_minus_one().saturating_add(1))
                 .ok_or(RingError::OutsideMemory { what, address: range.first() })
         };
         let at = Addresses {
@@ -205,12 +232,16 @@ impl Device {
         Ok(Some(at))
     }
 
+    fn ring_addresses_now(&self, index: usize) -> Result<Option<Addresses>, RingError> {
+        self.ring_addresses(index, |user, len| self.memory.guest_address(user, len))
+    }
+
     /// Starts a ring once everything it needs is there. `Ok(false)`: not yet, or running already.
     pub(super) fn try_start(&mut self, index: usize) -> Result<bool, RingError> {
         if self.rings.get(index).is_none_or(|ring| ring.started.is_some()) {
             return Ok(false);
         }
-        let Some(at) = self.ring_addresses(index)? else { return Ok(false) };
+        let Some(at) = self.ring_addresses_now(index)? else { return Ok(false) };
         if let Some(ring) = self.rings.get_mut(index) {
             ring.started = Some(at);
             ring.progress = None;
@@ -225,7 +256,7 @@ impl Device {
     pub(super) fn refresh_rings(&mut self) {
         for index in 0..self.rings.len() {
             if self.rings.get(index).is_some_and(|ring| ring.started.is_some()) {
-                match self.ring_addresses(index) {
+                match self.ring_addresses_now(index) {
                     Ok(at @ Some(_)) => {
                         if let Some(ring) = self.rings.get_mut(index) {
                             if ring.started != at {
@@ -238,12 +269,7 @@ impl Device {
                     Ok(None) => {}
                     Err(error) => {
                         tracing::warn!(ring = index, %error, "ring stopped");
-                        if let Some(ring) = self.rings.get_mut(index) {
-                            ring.started = None;
-                            ring.unread = true;
-                        }
-                        self.publish_ring(index);
-                        self.table.note_taken();
+                        self.end_ring(index);
                     }
                 }
             } else if let Err(error) = self.try_start(index) {
