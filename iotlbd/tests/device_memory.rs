@@ -329,3 +329,15 @@ fn a_ring_whose_memory_goes_is_covered_by_the_same_grace_period() {
     bench.grace();
     assert_eq!(bench.device.grace_target(), None, "there is nothing else to wait for");
 }
+
+#[test]
+fn a_ring_that_memory_alone_was_missing_for_finds_all_of_it_published() {
+    let mut bench = Bench::new(DeviceConfig::net(1, 100, 1 << 40), ROOMY);
+    let protocol = bench.device.config().protocol_features;
+    bench.event(Event::FrontEndConnected);
+    bench.silent(Request::SetProtocolFeatures(protocol));
+    bench.start_ring(0, USER, USER + 0x1000, USER + 0x2000);
+    bench.ack(table_of(&[(region(0x10_0000, MIB, USER), &memfd(MIB))]));
+    assert!(bench.device.is_running());
+    assert_eq!(target(&bench, 0x10_0000), Some(0x10_0000));
+}

@@ -351,7 +351,7 @@ impl Device {
     }
 
     /// Whether guest memory is to be published as it is: there is no IOMMU, and the driver (or a ring) is there.
-    fn wants_identity(&self) -> bool {
+    pub(super) fn wants_identity(&self) -> bool {
         !self.session.iommu() && (self.session.acked.is_some() || self.is_running())
     }
 

@@ -239,6 +239,8 @@ impl Device {
                         self.announce(*plan);
                     }
                     self.refresh_rings();
+                    // A ring may have had everything else, in a session that told no features.
+                    job.identity |= self.wants_identity() && !self.identity;
                 }
                 if job.identity {
                     job.parts.extend(self.identity_parts(IovaRange::ALL));
