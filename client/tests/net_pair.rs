@@ -4,19 +4,19 @@
 mod support;
 
 use std::net::UdpSocket;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use iotlb_client::net::echo::Echo;
 use iotlb_client::net::lane::Lane;
-use iotlb_client::net::pair::{Next, Pair, Port};
+use iotlb_client::net::pair::{Next, Pair, PairError, Port};
 use iotlb_client::net::tap::{Direction, Tap};
 use iotlb_client::{Access, Attachment, Reader};
 use iotlb_proto::control::{DaemonMessage, QueueLease, WorkerMessage};
 use iotlb_proto::iova::PAGE_SIZE;
 use iotlb_proto::table::QueueRecord;
 use iotlb_proto::vhost_user::features::virtio;
-use support::namespace::{bring_up_with_addresses, in_a_namespace, queues};
+use support::namespace::{bring_up_with_addresses, in_a_namespace, ip, queues};
 use support::{Daemon, Memory, PATIENCE_MS, eventfd, wait_until};
 
 const FEATURES: u64 = virtio::VERSION_1 | virtio::ACCESS_PLATFORM | virtio::NET_MRG_RXBUF;
@@ -217,4 +217,44 @@ fn what_the_tap_holds_for_one_guest_is_not_for_the_next() {
     });
     // Two headers: virtio has 12 bytes, Ethernet, IPv4 and UDP 42.
     assert_eq!(stage.memory.peek(base(RX) + BUFFER + 12 + 42, 14), b"for the second");
+}
+
+#[test]
+fn a_packet_that_the_kernel_cannot_hand_out_is_dropped_and_a_tap_that_is_gone_is_an_error() {
+    if !in_a_namespace("a_packet_that_the_kernel_cannot_hand_out_is_dropped_and_a_tap_that_is_gone_is_an_error") {
+        return;
+    }
+    nix::ioctl_write_ptr_bad!(set_header_size, nix::request_code_write!(b'T', 216, size_of::<i32>()), i32);
+    let kicks = [eventfd(), eventfd()];
+    let mut stage = Stage::new(tap(), kicks.each_ref().map(Some));
+    bring_up_with_addresses("tap0");
+    // A header that no buffer of the pair holds has reads fail as an offload does that virtio has no name for.
+    let other = Tap::open("tap0", Direction::FromGuest).expect("a second queue");
+    let header_size = |size: i32| {
+        // SAFETY: the call reads one int that lives across it; the descriptor is open.
+        unsafe { set_header_size(other.as_fd().as_raw_fd(), &raw const size) }.expect("root may");
+    };
+    header_size(1 << 20);
+    let host = UdpSocket::bind("10.9.8.1:0").expect("our address");
+    let send = || host.send_to(b"to the guest", "10.9.8.2:9").expect("sent");
+    for _ in 0..100 {
+        send();
+    }
+    stage.pair.port_event(true, false);
+    while stage.serve() == Next::Now {}
+    assert_eq!(stage.pair.figures().dropped, 100);
+
+    header_size(12);
+    send();
+    stage.post(RX, 2048, WRITE);
+    stage.pair.port_event(true, false);
+    wait_until("a packet", || {
+        stage.serve();
+        stage.pair.figures().received == 1
+    });
+
+    ip("link delete tap0");
+    stage.pair.port_event(true, true);
+    let served = stage.pair.serve(&mut stage.reader, stage.attachment.segment());
+    assert!(matches!(served, Err(PairError::TapIo(_))), "{served:?}");
 }

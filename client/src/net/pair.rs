@@ -39,7 +39,7 @@ pub struct Figures {
     pub received: u64,
     /// Packets that the guest sent, and that the port took.
     pub sent: u64,
-    /// Packets dropped: too large for the guest's buffers, waited too long, no room, refused by the port.
+    /// Packets dropped: too large for the guest's buffers, waited too long, no room, lost or refused by the port.
     pub dropped: u64,
     /// Chains of the guest that held no packet.
     pub malformed: u64,
@@ -277,9 +277,7 @@ impl Pair {
                 return Ok(Next::Event);
             }
             match tap.read(&mut self.scratch).map_err(PairError::TapIo)? {
-                Some(len) => {
-                    self.to_guest.push_read(&mut self.scratch, len);
-                }
+                Some(len) => self.figures.dropped += u64::from(!self.to_guest.push_read(&mut self.scratch, len)),
                 None => self.readable = false,
             }
         }

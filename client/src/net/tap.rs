@@ -263,11 +263,12 @@ impl Tap {
         Ok(())
     }
 
-    /// Reads one packet, header first; `None` when there is none.
+    /// Reads one packet, header first; `None` when there is none, 0 bytes when the kernel dropped it: a header cannot
+    /// say everything that the kernel's own packets can be.
     ///
     /// # Errors
     ///
-    /// What the kernel says, for instance that the device was removed.
+    /// That the device is gone, or that a security module forbids it.
     pub fn read(&mut self, packet: &mut [u8]) -> io::Result<Option<usize>> {
         loop {
             match self.file.read(packet) {
@@ -276,7 +277,12 @@ impl Tap {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 // Not up (yet): nothing to read either.
                 Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(None),
-                Err(error) => return Err(error),
+                // These come before a packet is taken out of the queue.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EBADFD | libc::EPERM | libc::EACCES)) => {
+                    return Err(error);
+                }
+                // All others are of one packet, which is gone.
+                Err(_) => return Ok(Some(0)),
             }
         }
     }
