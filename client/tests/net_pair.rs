@@ -258,3 +258,34 @@ fn a_packet_that_the_kernel_cannot_hand_out_is_dropped_and_a_tap_that_is_gone_is
     let served = stage.pair.serve(&mut stage.reader, stage.attachment.segment());
     assert!(matches!(served, Err(PairError::TapIo(_))), "{served:?}");
 }
+
+#[test]
+fn packets_that_are_too_large_do_not_leave_the_rest_in_the_tap() {
+    if !in_a_namespace("packets_that_are_too_large_do_not_leave_the_rest_in_the_tap") {
+        return;
+    }
+    let kicks = [eventfd(), eventfd()];
+    let mut stage = Stage::new(tap(), kicks.each_ref().map(Some));
+    // No mergeable buffers: one chain is all that a packet gets.
+    stage.daemon.table().set_acked_features(FEATURES & !virtio::NET_MRG_RXBUF);
+    ip("link set tap0 mtu 9000");
+    bring_up_with_addresses("tap0");
+    stage.post(RX, 1526, WRITE);
+    wait_until("the queue", || {
+        stage.serve();
+        queues("tap0") == (1, 0)
+    });
+    let host = UdpSocket::bind("10.9.8.1:0").expect("our address");
+    // More than the pair takes out of the TAP at a time.
+    for _ in 0..100 {
+        host.send_to(&[7; 8900], "10.9.8.2:9").expect("sent");
+    }
+    host.send_to(b"to the guest", "10.9.8.2:9").expect("sent");
+    stage.pair.port_event(true, false);
+    let mut next = stage.serve();
+    while next == Next::Now {
+        next = stage.serve();
+    }
+    let figures = stage.pair.figures();
+    assert_eq!((figures.dropped, figures.received), (100, 1), "the pair wants {next:?}, and packets wait in the TAP");
+}

@@ -294,7 +294,8 @@ impl Pair {
             let delivered = rx::deliver(ring, guard, record, features, backlog);
             figures.received += delivered.packets;
             figures.dropped += delivered.too_large;
-            (starved, more) = (delivered.starved, delivered.more);
+            // What was dropped made room as well.
+            (starved, more) = (delivered.starved, delivered.more || delivered.too_large > 0);
             Done { call: delivered.call, chains: delivered.chains, bytes: delivered.bytes, fault: delivered.fault }
         })?;
         if more || (!was_ready && lane.ready()) {
