@@ -16,6 +16,7 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use iotlb_proto::vhost_user::features::virtio;
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::header::HEADER_LEN;
 
@@ -114,7 +115,7 @@ pub enum TapError {
 pub enum Written {
     /// The kernel took it.
     Sent,
-    /// There is no room now; try again when the queue is writable.
+    /// There is no room now; try again when the queue becomes writable, which is announced.
     Full,
     /// The kernel refused this packet (a hostile header, the device is down): it is lost.
     Refused,
@@ -296,7 +297,14 @@ impl Tap {
         loop {
             match self.file.write(packet) {
                 Ok(_) => return Ok(Written::Sent),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Written::Full),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    // The kernel announces room only to who asked for it since there was none; a write does not count.
+                    let mut fds = [PollFd::new(self.file.as_fd(), PollFlags::POLLOUT)];
+                    if !matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..)) {
+                        return Ok(Written::Full);
+                    }
+                    // There is some by now, and nobody will say so.
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.raw_os_error() == Some(libc::EBADFD) => return Err(error),
                 Err(_) => return Ok(Written::Refused),

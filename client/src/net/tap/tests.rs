@@ -2,7 +2,9 @@
 
 use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, setsockopt, sockopt};
 
 use super::*;
@@ -270,5 +272,45 @@ fn a_tap_of_another_kind_is_refused_with_the_way_out() {
         assert!(error.to_string().contains("multi_queue vnet_hdr"), "{error}");
         ip("tuntap add dev ready mode tap multi_queue vnet_hdr");
         Tap::open("ready", Direction::Both).expect("made for it");
+    });
+}
+
+/// Who has 10.9.8.3? asks 10.9.8.2.
+fn question() -> Vec<u8> {
+    let station = [2, 0, 0, 0, 0, 1];
+    let arp = [&[0, 1, 8, 0, 6, 4, 0, 1][..], &station, &[10, 9, 8, 2], &[0; 6], &[10, 9, 8, 3]].concat();
+    with_header(&[&[0xff; 6][..], &station, &[8, 6], &arp].concat())
+}
+
+#[test]
+fn a_full_queue_says_when_there_is_room() {
+    in_a_namespace("a_full_queue_says_when_there_is_room", || {
+        nix::ioctl_write_ptr_bad!(set_send_buffer, nix::request_code_write!(b'T', 212, size_of::<i32>()), i32);
+        let mut tap = Tap::open("tap0", Direction::Both).expect("root may");
+        // Of an attached queue only.
+        tap.attach().expect("detached");
+        // SAFETY: the call reads one int that lives across it; the descriptor is open.
+        unsafe { set_send_buffer(tap.as_fd().as_raw_fd(), &10_000) }.expect("root may");
+        // Nothing is steered to it from here on, so that room is the only event.
+        assert!(tap.detach());
+        ip("address add 10.9.8.1/24 dev tap0");
+        ip("link set tap0 up");
+        // The host answers for its neighbours, but not at once: meanwhile, up to 0.8 seconds, a question stays in the
+        // queue's account.
+        for setting in ["forwarding", "proxy_arp_pvlan"] {
+            std::fs::write(format!("/proc/sys/net/ipv4/conf/tap0/{setting}"), "1").expect("this namespace's own");
+        }
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("a descriptor");
+        let both_edges = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
+        epoll.add(tap.as_fd(), EpollEvent::new(both_edges, 0)).expect("added");
+        let mut events = [EpollEvent::empty()];
+        assert_eq!(epoll.wait(&mut events, EpollTimeout::ZERO), Ok(1), "there is room");
+        let start = Instant::now();
+        while tap.write(&question()).expect("open") == Written::Sent {
+            assert!(start.elapsed() < Duration::from_secs(20), "the host keeps nothing");
+        }
+        assert_eq!(epoll.wait(&mut events, EpollTimeout::from(20_000_u16)), Ok(1), "nobody said that there is room");
+        assert!(events[0].events().contains(EpollFlags::EPOLLOUT));
+        assert_eq!(tap.write(&question()).expect("open"), Written::Sent);
     });
 }
