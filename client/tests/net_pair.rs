@@ -289,3 +289,37 @@ fn packets_that_are_too_large_do_not_leave_the_rest_in_the_tap() {
     let figures = stage.pair.figures();
     assert_eq!((figures.dropped, figures.received), (100, 1), "the pair wants {next:?}, and packets wait in the TAP");
 }
+
+#[test]
+fn a_packet_that_waits_for_one_driver_is_not_for_the_next() {
+    if !in_a_namespace("a_packet_that_waits_for_one_driver_is_not_for_the_next") {
+        return;
+    }
+    let kicks = [eventfd(), eventfd()];
+    let mut stage = Stage::new(tap(), kicks.each_ref().map(Some));
+    bring_up_with_addresses("tap0");
+    stage.daemon.table().set_acked_features(FEATURES | virtio::NET_GUEST_CSUM);
+    stage.serve();
+    wait_until("the queue", || {
+        stage.serve();
+        queues("tap0") == (1, 0)
+    });
+    let host = UdpSocket::bind("10.9.8.1:0").expect("our address");
+    let send = || host.send_to(b"to the guest", "10.9.8.2:9").expect("sent");
+    send();
+    stage.pair.port_event(true, false);
+    // There is no buffer yet.
+    while stage.serve() == Next::Now {}
+    // Another driver takes over before the worker looks again: the same session, and no unfinished checksums.
+    stage.daemon.table().publish_queue(RX, &QueueRecord::default());
+    stage.daemon.table().set_acked_features(FEATURES);
+    stage.set_ring(RX, true);
+    stage.post(RX, 2048, WRITE);
+    wait_until("a packet", || {
+        stage.serve();
+        send();
+        stage.pair.port_event(true, false);
+        stage.pair.figures().received == 1
+    });
+    assert_eq!(stage.memory.peek(base(RX) + BUFFER, 1), [0], "its checksum is unfinished");
+}

@@ -11,6 +11,9 @@ pub const LEGACY_HEADER_LEN: usize = 10;
 /// `flags`: `csum_start` and `csum_offset` say where a checksum is to be filled in.
 pub const FLAG_NEEDS_CSUM: u8 = 1;
 
+/// `flags`: the checksum was found to be right.
+pub const FLAG_DATA_VALID: u8 = 2;
+
 /// `gso_type`: one packet, not a train of segments.
 pub const GSO_NONE: u8 = 0;
 

@@ -59,6 +59,14 @@ pub enum PairError {
     Tap(#[from] TapError),
 }
 
+/// Whom packets are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Session {
+    generation: u64,
+    /// What the driver takes. Another driver of the same guest may take less.
+    features: u64,
+}
+
 /// One pair: guest RX, guest TX, or both, over one port.
 #[derive(Debug)]
 pub struct Pair {
@@ -72,7 +80,7 @@ pub struct Pair {
     writable: bool,
     /// When the TAP's queue was last attached.
     attached_at: Option<Instant>,
-    session: Option<u64>,
+    session: Option<Session>,
     scratch: Vec<u8>,
     figures: Figures,
 }
@@ -215,18 +223,19 @@ impl Pair {
         Ok(next)
     }
 
-    /// A new session is another guest, or the same one booted again: packets of the old one are not for it.
+    /// A new session is another guest, or the same one booted again; with other features it is another driver. Packets
+    /// of the old one are not for it.
     fn follow_session(&mut self, reader: &Reader) -> Result<(), PairError> {
-        let (session, features) = {
+        let session = {
             let guard = reader.pin().map_err(Lost::from)?;
-            (guard.session_generation(), guard.acked_features())
+            Session { generation: guard.session_generation(), features: guard.acked_features() }
         };
         if self.session != Some(session) {
             self.session = Some(session);
             self.clear();
         }
         if let (Port::Tap(tap), Some(_)) = (&mut self.port, &self.rx) {
-            tap.set_offloads(features)?;
+            tap.set_offloads(session.features)?;
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use iotlb_proto::table::QueueRecord;
 use iotlb_proto::vhost_user::features::virtio;
 
 use super::backlog::Backlog;
-use super::header::{HEADER_LEN, guest_header_len};
+use super::header::{FLAG_DATA_VALID, HEADER_LEN, guest_header_len};
 use crate::queue::vring::{Chain, RingFault, RingMemory, Vring};
 
 /// Packets delivered under one pin: a pin may not last long, the guest's CPUs may be waiting for its end.
@@ -112,6 +112,10 @@ pub fn deliver<M: RingMemory + ?Sized>(
         }
         let count = u16::try_from(chains.len()).unwrap_or(u16::MAX);
         packet[HEADER_LEN - 2..HEADER_LEN].copy_from_slice(&count.to_le_bytes());
+        if features & virtio::NET_GUEST_CSUM == 0 {
+            // The TAP sets it whatever offloads it has, and such a driver may not see it (section 5.1.6.4.1).
+            packet[0] &= !FLAG_DATA_VALID;
+        }
         scatter(&chains, &[&packet[..header_len], &packet[HEADER_LEN..]]);
         done.packets += 1;
         done.bytes += wanted as u64;

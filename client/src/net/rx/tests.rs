@@ -4,6 +4,7 @@ use iotlb_proto::access::Access;
 use iotlb_proto::iova::PAGE_SIZE;
 
 use super::*;
+use crate::net::header::FLAG_DATA_VALID;
 use crate::queue::vring::testing::{Buffer, Driver, FakeMemory};
 
 const DESC: u64 = 0x1000;
@@ -131,6 +132,20 @@ fn an_old_guest_gets_the_short_header() {
     assert_eq!(setup.driver.collect(), [(head, 110)]);
     assert_eq!(memory.driver_read(DATA, 10), packet(0)[..10]);
     assert_eq!(memory.driver_read(DATA + 10, 100), packet(100)[12..]);
+}
+
+#[test]
+fn only_a_guest_that_takes_checksum_flags_is_told_that_one_is_right() {
+    let memory = memory();
+    for (features, flags) in [(MODERN, 0), (MODERN | virtio::NET_GUEST_CSUM, FLAG_DATA_VALID)] {
+        let mut setup = Setup::new(&memory, features);
+        setup.driver.post(&[buffer(0, 200)]).expect("room");
+        let mut sent = packet(100);
+        sent[0] = FLAG_DATA_VALID;
+        setup.backlog.push(sent);
+        assert_eq!(setup.deliver().packets, 1);
+        assert_eq!(memory.driver_read(DATA, 1), [flags]);
+    }
 }
 
 #[test]
