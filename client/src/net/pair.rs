@@ -223,21 +223,26 @@ impl Pair {
         Ok(next)
     }
 
-    /// A new session is another guest, or the same one booted again; with other features it is another driver. Packets
-    /// of the old one are not for it.
+    /// Looks for a new session before packets are read for the old one.
     fn follow_session(&mut self, reader: &Reader) -> Result<(), PairError> {
         let session = {
             let guard = reader.pin().map_err(Lost::from)?;
             Session { generation: guard.session_generation(), features: guard.acked_features() }
         };
-        if self.session != Some(session) {
-            self.session = Some(session);
-            self.clear();
-        }
+        self.enter(session);
         if let (Port::Tap(tap), Some(_)) = (&mut self.port, &self.rx) {
             tap.set_offloads(session.features)?;
         }
         Ok(())
+    }
+
+    /// A new session is another guest, or the same one booted again; with other features it is another driver. Packets
+    /// of the old one are not for it.
+    fn enter(&mut self, session: Session) {
+        if self.session != Some(session) {
+            self.session = Some(session);
+            self.clear();
+        }
     }
 
     /// Attaches the TAP's queue while the guest takes packets from it, and only then: the kernel sends a share of the
@@ -299,7 +304,13 @@ impl Pair {
         let (backlog, figures) = (&mut self.to_guest, &mut self.figures);
         let was_ready = lane.ready();
         let (mut starved, mut more) = (false, false);
+        let (read_for, mut session) = (self.session, self.session);
         let step = lane.run(reader, segment, |ring, guard, record, features| {
+            // Again, under the pin that delivers: the guest may be another one since the last pin.
+            session = Some(Session { generation: guard.session_generation(), features });
+            if session != read_for {
+                return Done::default();
+            }
             let delivered = rx::deliver(ring, guard, record, features, backlog);
             figures.received += delivered.packets;
             figures.dropped += delivered.too_large;
@@ -307,6 +318,10 @@ impl Pair {
             (starved, more) = (delivered.starved, delivered.more || delivered.too_large > 0);
             Done { call: delivered.call, chains: delivered.chains, bytes: delivered.bytes, fault: delivered.fault }
         })?;
+        if let Some(session) = session.filter(|session| Some(*session) != read_for) {
+            self.enter(session);
+            return Ok(Next::Now);
+        }
         if more || (!was_ready && lane.ready()) {
             // What waits in the TAP may be read now, and no edge announces it again.
             return Ok(Next::Now);
