@@ -16,7 +16,7 @@ use iotlb_proto::control::{DaemonMessage, QueueLease, WorkerMessage};
 use iotlb_proto::iova::{IovaRange, PAGE_SIZE};
 use iotlb_proto::table::QueueRecord;
 use iotlb_proto::vhost_user::features::virtio;
-use support::{Daemon, Memory, PATIENCE_MS, eventfd};
+use support::{Daemon, Memory, PATIENCE_MS, eventfd, wait_until};
 
 const FEATURES: u64 = virtio::VERSION_1 | virtio::ACCESS_PLATFORM | virtio::EVENT_IDX | virtio::NET_MRG_RXBUF;
 const SIZE: u16 = 16;
@@ -409,4 +409,31 @@ fn a_lane_whose_pages_do_not_come_keeps_no_other_from_being_waited_for() {
     assert_eq!(pair.wait(&mut reader).expect("alive"), Next::Now, "one may not, the other may go on");
     pair.serve(&mut reader, attachment.segment()).expect("alive");
     assert_eq!(pair.figures().sent, 1);
+}
+
+#[test]
+fn a_ring_whose_tables_were_denied_is_looked_at_again_without_a_kick() {
+    let mut stage = Stage::new();
+    stage.daemon.map(page(0), PAGE_SIZE, page(0), Access::READ);
+    stage.lane.refresh().expect("held");
+    assert_eq!(stage.run(), Step::Idle);
+    stage.daemon.unmap(AVAIL, PAGE_SIZE);
+    assert_eq!(stage.run(), Step::Missing);
+    let requests = asked(&stage.daemon);
+    assert_eq!(pages(&requests), [AVAIL]);
+    say(&stage.daemon, requests[0], Answer::Denied);
+    let step = stage.wait();
+    assert!(matches!(step, Some(Step::Later(_))), "{step:?}: a ring that says \"no kicks\" is kicked by nobody");
+    assert!(!stage.lane.ready());
+
+    stage.daemon.map(AVAIL, PAGE_SIZE, AVAIL, Access::READ);
+    stage.post(1);
+    wait_until("the packet", || match stage.run() {
+        Step::Later(_) => false,
+        step => {
+            assert_eq!((step, stage.backlog.len()), (Step::Again, 1));
+            true
+        }
+    });
+    assert_eq!(asked(&stage.daemon), []);
 }

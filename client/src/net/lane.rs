@@ -19,6 +19,9 @@ const REMAP_TIMEOUT_MS: u32 = 100;
 /// Pause after a miss that nobody answered: the front-end is busy or gone.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
 
+/// Pause after the ring's tables were denied: each time they are asked for may be a line in the guest's log.
+const DENIED_PAUSE: Duration = Duration::from_secs(1);
+
 /// How often a ring without a kick descriptor is looked at: its driver expects to be polled.
 const POLL_PAUSE: Duration = Duration::from_millis(1);
 
@@ -74,8 +77,7 @@ pub enum Step {
     Again,
     /// Pages are missing and were asked for: see to what else there is, then [`Lane::wait`].
     Missing,
-    /// The ring takes no packets: stopped, broken, or its tables were denied. A kick or a message from the daemon
-    /// ends that.
+    /// The ring takes no packets: stopped or broken. A message from the daemon ends that.
     Resting,
     /// Not before this time.
     Later(Instant),
@@ -86,8 +88,9 @@ pub enum Step {
 enum Rest {
     /// The ring is broken; until queue records change.
     Broken { queue_generation: u64 },
-    /// The front-end denied the ring's tables; until that, or until the guest kicks again.
-    Denied { queue_generation: u64 },
+    /// The front-end denied the ring's tables; until that, or until the guest kicks again. But a ring that asked for no
+    /// kicks gets none, and cannot ask otherwise while it is out of reach: so not for longer than this either.
+    Denied { queue_generation: u64, until: Instant },
     /// A miss was not answered.
     Until(Instant),
 }
@@ -223,10 +226,13 @@ impl Lane {
             let queue_generation = guard.queue_generation();
             self.asked.keep_of(queue_generation);
             match self.rest {
-                Some(Rest::Broken { queue_generation: then } | Rest::Denied { queue_generation: then })
-                    if then == queue_generation =>
-                {
+                Some(Rest::Broken { queue_generation: then }) if then == queue_generation => {
                     return Ok(Step::Resting);
+                }
+                Some(Rest::Denied { queue_generation: then, until })
+                    if then == queue_generation && Instant::now() < until =>
+                {
+                    return Ok(Step::Later(until));
                 }
                 _ => self.rest = None,
             }
@@ -351,9 +357,10 @@ impl Lane {
             MissPlace::Tables if self.ring.denied(iova, access, record) => Step::Again,
             MissPlace::Tables => {
                 self.report(&format!("the ring's own page {iova:#x} ({access}) was denied"));
-                self.rest = Some(Rest::Denied { queue_generation });
+                let until = Instant::now() + DENIED_PAUSE;
+                self.rest = Some(Rest::Denied { queue_generation, until });
                 self.ready = false;
-                Step::Resting
+                Step::Later(until)
             }
             MissPlace::Chain { position } => {
                 self.report(&format!("a buffer's page {iova:#x} ({access}) was denied; its chain goes back unused"));
