@@ -368,3 +368,41 @@ fn a_guest_that_comes_while_the_pair_works_does_not_get_the_packets_of_the_forme
         next == Next::Now && begin.elapsed() < RX_WAIT_MAX
     });
 }
+
+#[test]
+fn the_tap_is_told_what_a_guest_takes_only_when_its_queue_is_attached() {
+    if !in_a_namespace("the_tap_is_told_what_a_guest_takes_only_when_its_queue_is_attached") {
+        return;
+    }
+    let kicks = [eventfd(), eventfd()];
+    let mut stage = Stage::new(tap(), kicks.each_ref().map(Some));
+    bring_up_with_addresses("tap0");
+    // What is set is the device's, so another queue shows it.
+    let mut other = Tap::open("tap0", Direction::Both).expect("a second queue");
+    let host = UdpSocket::bind("10.9.8.1:0").expect("our address");
+    let send = || host.send_to(b"to the guest", "10.9.8.2:9").expect("sent");
+    stage.set_ring(RX, false);
+    stage.serve();
+    other.attach().expect("detached");
+    stage.daemon.table().set_acked_features(FEATURES | virtio::NET_GUEST_CSUM);
+    stage.serve();
+    send();
+    let mut packet = [0; 2048];
+    assert_eq!(other.read(&mut packet).expect("readable"), Some(12 + 42 + 12));
+    assert_eq!(packet[0], 0, "each time takes a lock that the whole host shares");
+    other.detach();
+
+    stage.set_ring(RX, true);
+    wait_until("the queue", || {
+        stage.serve();
+        queues("tap0") == (1, 1)
+    });
+    send();
+    stage.post(RX, 2048, WRITE);
+    stage.pair.port_event(true, false);
+    wait_until("a packet", || {
+        stage.serve();
+        stage.pair.figures().received == 1
+    });
+    assert_eq!(stage.memory.peek(base(RX) + BUFFER, 1), [1], "its checksum is unfinished");
+}

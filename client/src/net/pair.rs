@@ -20,7 +20,7 @@ use crate::Reader;
 const RX_WAIT_MAX: Duration = Duration::from_millis(200);
 
 /// Time between two attachments of the TAP's queue. Each takes a lock that all network devices of the host share, and
-/// a guest may have its ring come and go as often as it likes.
+/// a guest may have its ring come and go, and change its features, as often as it likes.
 const ATTACH_PAUSE: Duration = Duration::from_millis(50);
 
 /// Where packets come from and go to.
@@ -230,9 +230,6 @@ impl Pair {
             Session { generation: guard.session_generation(), features: guard.acked_features() }
         };
         self.enter(session);
-        if let (Port::Tap(tap), Some(_)) = (&mut self.port, &self.rx) {
-            tap.set_offloads(session.features)?;
-        }
         Ok(())
     }
 
@@ -242,11 +239,15 @@ impl Pair {
         if self.session != Some(session) {
             self.session = Some(session);
             self.clear();
+            if let Port::Tap(tap) = &mut self.port {
+                tap.forget_offloads();
+            }
         }
     }
 
     /// Attaches the TAP's queue while the guest takes packets from it, and only then: the kernel sends a share of the
-    /// flows to each attached queue, also when another one is the only one that is served.
+    /// flows to each attached queue, also when another one is the only one that is served. What the guest takes is
+    /// said before that, and no sooner: it waits for the same lock.
     fn follow_ring(&mut self) -> Result<Next, PairError> {
         let Port::Tap(tap) = &mut self.port else { return Ok(Next::Event) };
         if !self.rx.as_ref().is_some_and(Lane::ready) {
@@ -256,7 +257,9 @@ impl Pair {
             }
             return Ok(Next::Event);
         }
-        if tap.attached() {
+        let Some(Session { features, .. }) = self.session else { return Ok(Next::Event) };
+        // A queue that could not be detached still has to follow.
+        if tap.attached() && tap.has_offloads(features) {
             return Ok(Next::Event);
         }
         let now = Instant::now();
@@ -265,6 +268,7 @@ impl Pair {
         {
             return Ok(Next::At(soonest));
         }
+        tap.set_offloads(features)?;
         tap.attach()?;
         self.attached_at = Some(now);
         // The next round looks, whatever edges there were.

@@ -241,16 +241,27 @@ impl Tap {
         unsafe { ioctl::set_queue(self.file.as_raw_fd(), &raw const request) }.map(drop)
     }
 
+    /// Whether [`Tap::set_offloads`] has nothing to do.
+    #[must_use]
+    pub fn has_offloads(&self, features: u64) -> bool {
+        self.offloads == Some(offloads(features))
+    }
+
+    /// Has the next [`Tap::set_offloads`] set them again: through another queue others may be set meanwhile.
+    pub fn forget_offloads(&mut self) {
+        self.offloads = None;
+    }
+
     /// Lets the kernel hand out packets as large, and checksums as unfinished, as the guest can take.
     ///
     /// # Errors
     ///
     /// [`TapError::Step`].
     pub fn set_offloads(&mut self, features: u64) -> Result<(), TapError> {
-        let wanted = offloads(features);
-        if self.offloads == Some(wanted) {
+        if self.has_offloads(features) {
             return Ok(());
         }
+        let wanted = offloads(features);
         let set = |bits: u32| {
             // SAFETY: the argument is a number; the descriptor is open.
             unsafe { ioctl::set_offload(self.file.as_raw_fd(), bits.cast_signed()) }
