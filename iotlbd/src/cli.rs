@@ -19,7 +19,7 @@ use tracing::{error, warn};
 
 use crate::demo;
 use crate::server::config::{MAX_WORKERS_LIMIT, QUEUE_PAIRS_MAX};
-use crate::server::{DeviceKind, FrontEndSource, Inherited, ServerConfig, StallPolicy, signals};
+use crate::server::{DeviceKind, FrontEndSocket, FrontEndSource, ServerConfig, StallPolicy, signals};
 
 /// The device IOTLB of a vhost-user device as a service: translations in shared memory for any number of workers.
 #[derive(Debug, Parser)]
@@ -188,7 +188,7 @@ impl ServeArgs {
     ///
     /// # Errors
     /// A flag is missing or two do not fit. Takes over the descriptor of `--fd`, so call it once, and first: see
-    /// [`Inherited::front_end_from_raw`].
+    /// [`FrontEndSocket::from_raw`].
     pub fn config(&self) -> Result<ServerConfig, CliError> {
         let (report, revoke, kill) = (self.stall_report_ms, self.stall_revoke_ms, self.stall_kill_ms);
         if report > revoke || revoke > kill {
@@ -202,8 +202,8 @@ impl ServeArgs {
             (Some(path), _) if *path == control => return Err(CliError::SamePath(control)),
             (Some(path), _) => FrontEndSource::Path { path: path.clone(), mode: self.socket_mode },
             (None, Some(fd)) => {
-                let socket = Inherited::front_end_from_raw(fd)
-                    .map_err(|error| CliError::Fd { fd, reason: error.to_string() })?;
+                let socket =
+                    FrontEndSocket::from_raw(fd).map_err(|error| CliError::Fd { fd, reason: error.to_string() })?;
                 FrontEndSource::Inherited(socket)
             }
             (None, None) => return Err(CliError::NoFrontEnd),

@@ -8,15 +8,6 @@ use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType, getpeername};
 
-/// Sockets handed in. Whatever is absent the server makes itself.
-#[derive(Debug, Default)]
-pub struct Inherited {
-    /// The front-end's side.
-    pub front_end: Option<FrontEndSocket>,
-    /// A listening `SOCK_SEQPACKET` socket for workers.
-    pub control_listener: Option<OwnedFd>,
-}
-
 /// A front-end socket that was handed in.
 #[derive(Debug)]
 pub enum FrontEndSocket {
@@ -49,13 +40,13 @@ pub enum InheritError {
     System(#[from] io::Error),
 }
 
-impl Inherited {
-    /// Takes over descriptor `fd` as the front-end's socket. Call it before this process opens any descriptor: a number
+impl FrontEndSocket {
+    /// Takes over descriptor `fd`. Call it before this process opens any descriptor: a number
     /// that was not passed on is then refused as not open.
     ///
     /// # Errors
     /// It is not open, was opened here, or is not a unix stream socket.
-    pub fn front_end_from_raw(fd: RawFd) -> Result<FrontEndSocket, InheritError> {
+    pub fn from_raw(fd: RawFd) -> Result<FrontEndSocket, InheritError> {
         // SAFETY: the number is only borrowed for this check. Whoever runs the program says with `--fd` that the
         // descriptor is ours; that it is open at all is what the call finds out.
         let open = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
@@ -66,14 +57,14 @@ impl Inherited {
         // SAFETY: open, as just seen, and handed over for good by whoever gave `--fd`; nothing else in this process
         // owns it, because it was there before the process began, as its flag tells.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        Inherited::front_end_from_fd(fd)
+        FrontEndSocket::from_fd(fd)
     }
 
-    /// Takes over an owned descriptor as the front-end's socket.
+    /// Takes over an owned descriptor.
     ///
     /// # Errors
     /// It is not a unix stream socket.
-    pub fn front_end_from_fd(fd: OwnedFd) -> Result<FrontEndSocket, InheritError> {
+    pub fn from_fd(fd: OwnedFd) -> Result<FrontEndSocket, InheritError> {
         let expected = "stream";
         if socket_domain(&fd).ok() != Some(AddressFamily::UNIX) || socket_type(&fd).ok() != Some(SocketType::STREAM) {
             return Err(InheritError::WrongKind { expected });
@@ -105,7 +96,7 @@ mod tests {
     #[test]
     fn a_descriptor_of_our_own_is_refused_and_stays_open() {
         let (ours, theirs) = UnixStream::pair().expect("a socket pair");
-        let refused = Inherited::front_end_from_raw(ours.as_raw_fd());
+        let refused = FrontEndSocket::from_raw(ours.as_raw_fd());
         assert!(matches!(refused, Err(InheritError::Own)), "{refused:?}");
         rustix::io::write(&theirs, b"x").expect("the other end is open");
     }

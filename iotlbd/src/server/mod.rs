@@ -57,7 +57,7 @@ use tracing::info;
 pub(crate) use alarm::now_ns;
 pub use config::{DeviceKind, FrontEndSource, ServerConfig, StallPolicy};
 pub use cpu::CpuError;
-pub use inherit::{FrontEndSocket, Inherited};
+pub use inherit::FrontEndSocket;
 
 use event_loop::EventLoop;
 use front_end::FrontEndDoor;
