@@ -1,13 +1,19 @@
 //! Which process a worker is, and what can be done to it.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 
 use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt};
-use rustix::fs::fstat;
+use rustix::fs::{fstat, fstatfs};
 use rustix::process::{Signal, pidfd_send_signal};
+
+/// The file system of pidfds that have an inode each (`PID_FS_MAGIC` of `linux/magic.h`).
+const PIDFS_MAGIC: i64 = 0x5049_4446;
+/// What the kernel says of a pidfd fits many times.
+const FDINFO_MAX: u64 = 4096;
 
 /// A process by its pidfd: never by its number, which every container counts from one.
 #[derive(Debug)]
@@ -49,8 +55,11 @@ impl Process {
         socket: impl AsFd,
     ) -> Result<Process, ProcessError> {
         let sent = sent.ok_or(ProcessError::Missing)?;
-        let sent_pid = pid_of(sent.as_fd()).ok_or(ProcessError::NotAPidfd)?;
+        if !is_pidfd(sent.as_fd()) {
+            return Err(ProcessError::NotAPidfd);
+        }
         let Some(peer) = peer else {
+            let sent_pid = pid_of(sent.as_fd()).ok_or(ProcessError::NotAPidfd)?;
             // Without the kernel's word the numbers are all there is. 0: a process of another pid namespace.
             let credentials = getsockopt(&socket.as_fd(), sockopt::PeerCredentials)
                 .map_err(|error| ProcessError::Peer(error.into()))?;
@@ -87,18 +96,35 @@ impl AsFd for Process {
     }
 }
 
-/// Whether two pidfds name one process. Since Linux 6.9 each process has an inode; before, all pidfds share one, and
-/// the process numbers decide.
-fn same(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> bool {
-    let (Ok(a_status), Ok(b_status)) = (fstat(a), fstat(b)) else { return false };
-    (a_status.st_dev, a_status.st_ino) == (b_status.st_dev, b_status.st_ino) && pid_of(a) == pid_of(b)
+/// Whether a peer's pidfd and what came with HELLO name one process. Since Linux 6.9 each process has an inode of its
+/// own; before, all pidfds share one, and the process numbers decide.
+fn same(peer: BorrowedFd<'_>, sent: BorrowedFd<'_>) -> bool {
+    let (Ok(a), Ok(b)) = (fstat(peer), fstat(sent)) else { return false };
+    (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
+        && (fstatfs(peer).is_ok_and(|system| system.f_type == PIDFS_MAGIC) || pid_of(peer) == pid_of(sent))
+}
+
+/// Whether `fd` is a pidfd, by its name: nothing else can be asked of what a stranger sent before it is known what that
+/// is. The file system of a stranger answers `fstat` when it likes, and the text about an epoll set waits for a lock
+/// that whoever sleeps in the set may hold.
+fn is_pidfd(fd: BorrowedFd<'_>) -> bool {
+    // Linux 6.9.0 says `pidfd:[123]`, all others the first. The name of a file starts with a slash.
+    fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).is_ok_and(|name| {
+        let name = name.as_os_str().as_bytes();
+        name == b"anon_inode:[pidfd]" || name.starts_with(b"pidfd:[")
+    })
 }
 
 /// The process number a pidfd shows here: 0 for a process of a foreign pid namespace, -1 for one that has ended.
-/// `None`: no pidfd.
-fn pid_of(fd: BorrowedFd<'_>) -> Option<i64> {
-    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).ok()?;
-    let line = info.lines().find_map(|line| line.strip_prefix("Pid:"))?;
+/// `None`: there is none where it should be.
+///
+/// Only for a kernel that does not tell processes apart by inodes: the locks on a descriptor are listed before the
+/// number, and the kernel puts the whole list together, however little of it is read.
+fn pid_of(pidfd: BorrowedFd<'_>) -> Option<i64> {
+    let mut bytes = Vec::new();
+    let info = fs::File::open(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
+    info.take(FDINFO_MAX).read_to_end(&mut bytes).ok()?;
+    let line = str::from_utf8(&bytes).ok()?.lines().find_map(|line| line.strip_prefix("Pid:"))?;
     line.trim().parse().ok()
 }
 
@@ -136,5 +162,14 @@ mod tests {
         let file = OwnedFd::from(fs::File::open("/dev/null").expect("opens"));
         let no_pidfd = Process::verified(peer(&a).expect("answers"), Some(file), &a);
         assert!(matches!(no_pidfd, Err(ProcessError::NotAPidfd)));
+    }
+
+    #[test]
+    fn a_kernel_that_does_not_name_the_peer_leaves_its_number() {
+        let (a, _b) = UnixStream::pair().expect("pair");
+        Process::verified(None, Some(own()), &a).expect("the same number");
+        let init = pidfd_open(Pid::INIT, PidfdFlags::empty()).expect("pidfd");
+        assert!(matches!(Process::verified(None, Some(init), &a), Err(ProcessError::Another)));
+        assert_eq!(pid_of(own().as_fd()), Some(i64::from(getpid().as_raw_pid())));
     }
 }
