@@ -7,6 +7,7 @@ use std::mem::MaybeUninit;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -53,10 +54,31 @@ fn child_that_pins_and_hangs() {
     let _ = std::io::stdin().read(&mut [0; 1]);
 }
 
+/// Not a test: the worker process that lets go when it is told to give up, and pins again; told twice, it leaves.
+#[test]
+fn child_that_gives_nothing_up() {
+    let Some(control) = std::env::var_os(CHILD_CONTROL) else { return };
+    let _watchdog = watchdog();
+    let worker = RawWorker::attach(control.as_ref());
+    worker.pin();
+    println!("pinned");
+    std::io::stdout().flush().expect("flushes");
+    for _ in 0..2 {
+        while !matches!(hear(&worker.socket).expect("a message").0, DaemonMessage::Revoke) {}
+        worker.unpin();
+        worker.pin();
+    }
+}
+
 /// A worker process that owns queue 0 and holds a pin.
 fn child(server: &Running) -> Child {
+    child_of(server, "child_that_pins_and_hangs")
+}
+
+/// A worker process that holds a pin.
+fn child_of(server: &Running, what: &str) -> Child {
     let mut child = Command::new(std::env::current_exe().expect("own path"))
-        .args(["--exact", "child_that_pins_and_hangs", "--nocapture"])
+        .args(["--exact", what, "--nocapture"])
         .env(CHILD_CONTROL, server.control())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -349,5 +371,27 @@ fn a_miss_wakes_a_sleeping_server() {
         std::thread::yield_now();
     };
     assert_eq!(answer, Answer::Stopped);
+    server.stop();
+}
+
+#[test]
+fn who_was_told_to_give_up_and_did_not_is_killed_though_it_lets_go_each_time() {
+    let _watchdog = watchdog();
+    let server = Running::start_with(|config| {
+        config.stall.report_ms = 1;
+        config.stall.revoke_ms = 20;
+        config.stall.kill_ms = 200;
+    });
+    let mut worker = child_of(&server, "child_that_gives_nothing_up");
+    let mut front_end = front_end(&server);
+    publish(&mut front_end);
+    let ended = loop {
+        front_end.push_update(IOVA).expect("acknowledged");
+        front_end.invalidate_and(IOVA, PAGE_SIZE, |_| Ok(())).expect("acknowledged");
+        if let Some(ended) = worker.try_wait().expect("a child") {
+            break ended;
+        }
+    };
+    assert_eq!(ended.signal(), Some(9), "told again and again, and served as before: {ended}");
     server.stop();
 }

@@ -8,6 +8,9 @@ const REMIND_NS: u64 = 10_000_000_000;
 const NS_PER_MS: u64 = 1_000_000;
 
 /// One worker's way from "a reply waits for it" to its end.
+///
+/// Who lets go in time is left alone, until it has been told to give up guest memory. That order stands: a worker that
+/// follows it leaves, so one that holds a reply again has not, however short it holds each.
 #[derive(Debug, Default)]
 pub(crate) struct Stall {
     holding: Option<Holding>,
@@ -16,6 +19,8 @@ pub(crate) struct Stall {
 #[derive(Debug)]
 struct Holding {
     since_ns: u64,
+    /// A reply waits now. `false` only when the worker was told to give up and let go.
+    waited_for: bool,
     /// How many steps were taken.
     taken: Taken,
     /// When the last of them was.
@@ -48,7 +53,13 @@ impl Stall {
     /// A reply waits for this worker. Returns the step that is due; call again until there is none. With the time it
     /// has held the reply for, in ms.
     pub(crate) fn held(&mut self, now_ns: u64, policy: &StallPolicy) -> Option<(Step, u64)> {
-        let holding = self.holding.get_or_insert(Holding { since_ns: now_ns, taken: Taken::Nothing, taken_ns: now_ns });
+        let holding = self.holding.get_or_insert(Holding {
+            since_ns: now_ns,
+            waited_for: true,
+            taken: Taken::Nothing,
+            taken_ns: now_ns,
+        });
+        holding.waited_for = true;
         if now_ns < holding.next_ns(policy) {
             return None;
         }
@@ -64,12 +75,17 @@ impl Stall {
 
     /// Nothing waits for it any more. Returns whether it had been reported.
     pub(crate) fn over(&mut self) -> bool {
-        self.holding.take().is_some_and(|holding| holding.taken > Taken::Nothing)
+        let Some(holding) = &mut self.holding else { return false };
+        let was_reported = std::mem::take(&mut holding.waited_for) && holding.taken > Taken::Nothing;
+        if holding.taken < Taken::Revoked {
+            self.holding = None;
+        }
+        was_reported
     }
 
     /// When [`Stall::held`] has something to say next.
     pub(crate) fn deadline_ns(&self, policy: &StallPolicy) -> Option<u64> {
-        self.holding.as_ref().map(|holding| holding.next_ns(policy))
+        self.holding.as_ref().filter(|holding| holding.waited_for).map(|holding| holding.next_ns(policy))
     }
 }
 
@@ -143,5 +159,24 @@ mod tests {
         assert_eq!(stall.deadline_ns(&POLICY), None);
         assert_eq!(stall.held(200 * MS, &POLICY), None);
         assert_eq!(stall.deadline_ns(&POLICY), Some(300 * MS));
+    }
+
+    #[test]
+    fn an_order_to_give_up_stands_when_the_hold_ends() {
+        let mut stall = Stall::default();
+        for now_ns in [0, 100 * MS, 1000 * MS] {
+            stall.held(now_ns, &POLICY);
+        }
+        assert_eq!(stall.deadline_ns(&POLICY), Some(5000 * MS));
+        assert!(stall.over());
+        assert!(!stall.over(), "said once a hold");
+        assert_eq!(stall.deadline_ns(&POLICY), None, "nobody waits");
+        // Held again, and again in time.
+        assert_eq!(stall.held(4000 * MS, &POLICY), None, "it was told");
+        assert_eq!(stall.deadline_ns(&POLICY), Some(5000 * MS));
+        assert!(stall.over());
+        assert_eq!(stall.held(9000 * MS, &POLICY), Some((Step::Kill, 9000)));
+        assert!(stall.over());
+        assert_eq!(stall.held(9001 * MS, &POLICY), None, "killed once");
     }
 }
