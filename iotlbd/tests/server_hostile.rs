@@ -2,18 +2,24 @@
 
 mod server_support;
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{IoSlice, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use iotlb_proto::control::{self, DaemonMessage, Refusal, WorkerMessage};
-use iotlb_proto::socket::PacketSocket;
+use iotlb_proto::socket::{PacketError, PacketSocket};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
-use server_support::{RawWorker, Running, TIMEOUT_MS, connect, hear, hello, watchdog};
+use rustix::net::sockopt::set_socket_linger;
+use server_support::{RawWorker, Running, TIMEOUT_MS, connect, hear, hello, own_pidfd, say, watchdog};
 
 /// An epoll set whose lock is held: a thread of this process was about to be told of an event, in memory that is not
-/// there yet.
+/// there yet. Whoever closes something else that the set watches waits for the lock.
 struct HeldEpoll {
     epoll: OwnedFd,
     userfault: OwnedFd,
@@ -22,7 +28,7 @@ struct HeldEpoll {
 
 impl HeldEpoll {
     /// `None`: this user may not hold the kernel up so. That is said.
-    fn new() -> Option<HeldEpoll> {
+    fn new(watched: &[BorrowedFd<'_>]) -> Option<HeldEpoll> {
         const API: libc::Ioctl = 0xc018_aa3f;
         const REGISTER: libc::Ioctl = 0xc020_aa00;
         let mut page = memmap2::MmapMut::map_anon(4096).expect("a page");
@@ -42,6 +48,9 @@ impl HeldEpoll {
         let epoll = epoll::create(CreateFlags::CLOEXEC).expect("epoll");
         let event = eventfd(1, EventfdFlags::CLOEXEC).expect("eventfd");
         epoll::add(&epoll, &event, EventData::new_u64(0), EventFlags::IN).expect("added");
+        for fd in watched {
+            epoll::add(&epoll, fd, EventData::new_u64(0), EventFlags::empty()).expect("added");
+        }
         let number = epoll.as_raw_fd();
         let sleeper = std::thread::spawn(move || {
             let events = page.as_mut_ptr().cast();
@@ -61,9 +70,20 @@ impl HeldEpoll {
     }
 }
 
+/// The last descriptor of a socket whose close waits: what it has to send does not fit the other side.
+fn lingering() -> (OwnedFd, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("binds");
+    let mut near = TcpStream::connect(listener.local_addr().expect("bound")).expect("connects");
+    let (far, _) = listener.accept().expect("accepts");
+    near.set_nonblocking(true).expect("a socket");
+    while near.write(&[0; 65536]).is_ok() {}
+    set_socket_linger(&near, Some(Duration::from_secs(3600))).expect("an option");
+    (near.into(), far)
+}
+
 /// Says HELLO with whatever descriptor.
-fn say_hello(server: &Running, fd: impl AsFd) -> PacketSocket {
-    let socket = connect(&server.control());
+fn say_hello(control: &Path, fd: impl AsFd) -> PacketSocket {
+    let socket = connect(control);
     let bytes = control::encode(&WorkerMessage::Hello(hello())).expect("encodes");
     socket.send_blocking(&bytes, &[fd.as_fd()], TIMEOUT_MS).expect("sends");
     socket
@@ -72,13 +92,108 @@ fn say_hello(server: &Running, fd: impl AsFd) -> PacketSocket {
 #[test]
 fn what_came_with_hello_is_not_asked_before_it_is_known_to_be_a_pidfd() {
     let _watchdog = watchdog();
-    let Some(held) = HeldEpoll::new() else { return };
+    let Some(held) = HeldEpoll::new(&[]) else { return };
     let server = Running::start();
-    let socket = say_hello(&server, &held.epoll);
+    let socket = say_hello(&server.control(), &held.epoll);
     // Without its lock nothing is to be learned of the set.
     let answer = hear(&socket).map(|(message, _)| message);
     held.let_go();
     assert!(matches!(answer, Ok(DaemonMessage::Refused(Refusal::Pidfd))), "{answer:?}");
     RawWorker::attach(&server.control()).leave();
+    server.stop();
+}
+
+/// Hears all up to the end.
+fn hear_the_end(socket: &PacketSocket) {
+    let end = loop {
+        if let Err(error) = hear(socket) {
+            break error;
+        }
+    };
+    assert!(matches!(end, PacketError::Closed), "{end}");
+}
+
+/// A packet, of any length, with the last descriptor of something that takes long to close.
+fn send_lingering(socket: &PacketSocket, bytes: &[u8]) -> TcpStream {
+    let (fd, far) = lingering();
+    let numbers = [fd.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&numbers)];
+    let number = socket.as_fd().as_raw_fd();
+    sendmsg::<()>(number, &[IoSlice::new(bytes)], &rights, MsgFlags::MSG_NOSIGNAL, None).expect("sends");
+    far
+}
+
+#[test]
+fn a_workers_descriptor_that_takes_long_to_close_costs_it_its_connection_and_nobody_else_anything() {
+    let _watchdog = watchdog();
+    let mapped = control::encode(&WorkerMessage::Mapped { generation: 1 }).expect("encodes");
+    let mut bad = None;
+    let server = Running::start_behind(
+        |_| {},
+        |control| {
+            let socket = say_hello(control, own_pidfd());
+            let far = send_lingering(&socket, &mapped);
+            bad = Some((socket, far));
+        },
+    );
+    RawWorker::attach(&server.control()).leave();
+    let (socket, _far) = bad.expect("it connected");
+    hear_the_end(&socket);
+    server.stop();
+}
+
+#[test]
+fn a_strangers_descriptor_that_takes_long_to_close_stops_nobody() {
+    let _watchdog = watchdog();
+    let mut bad = Vec::new();
+    let long = [0xee; control::MESSAGE_MAX + 1];
+    let server = Running::start_behind(
+        |_| {},
+        |control| {
+            // Refused for what it is; refused unread, as it is too long; left unread behind one that is refused.
+            for (first, second) in [(None, &[0xee; 10][..]), (None, &long), (Some([0xee]), &[0xee; 10])] {
+                let socket = connect(control);
+                if let Some(bytes) = first {
+                    socket.send_blocking(&bytes, &[], TIMEOUT_MS).expect("sends");
+                }
+                let far = send_lingering(&socket, second);
+                bad.push((socket, far));
+            }
+        },
+    );
+    RawWorker::attach(&server.control()).leave();
+    for (socket, _far) in &bad {
+        hear_the_end(socket);
+    }
+    server.stop();
+}
+
+#[test]
+fn workers_are_let_in_again_when_what_took_long_to_close_is_closed() {
+    let _watchdog = watchdog();
+    let mut far = Vec::new();
+    let server = Running::start_behind(
+        |_| {},
+        |control| far.extend((0..14).map(|_| send_lingering(&connect(control), &[0xee; 10]))),
+    );
+    let socket = say_hello(&server.control(), own_pidfd());
+    drop(far);
+    assert!(matches!(hear(&socket), Ok((DaemonMessage::Welcome(_), _))));
+    server.stop();
+}
+
+#[test]
+fn a_doorbell_that_takes_long_to_close_stops_nobody() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let RawWorker { socket, doorbell, .. } = RawWorker::attach(&server.control());
+    let Some(held) = HeldEpoll::new(&[doorbell.as_fd()]) else { return };
+    // The daemon's is the last.
+    drop(doorbell);
+    say(&socket, &WorkerMessage::Revoked);
+    let answer = hear(&say_hello(&server.control(), own_pidfd())).map(|(message, _)| message);
+    held.let_go();
+    assert!(matches!(answer, Ok(DaemonMessage::Welcome(_))), "{answer:?}");
+    hear_the_end(&socket);
     server.stop();
 }

@@ -60,6 +60,10 @@ impl EventLoop {
         if self.stopping {
             return;
         }
+        if self.closer.is_behind(now_ns()) {
+            self.pause_accept();
+            return;
+        }
         while self.arrivals.len() < ARRIVALS_MAX {
             match accept_with(&self.control, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                 Ok(fd) => self.arrived(fd),
@@ -82,6 +86,12 @@ impl EventLoop {
     pub(super) fn accept_after_pause(&mut self, now_ns: u64) {
         if self.accept_again_ns.is_some_and(|due| due <= now_ns) {
             self.accept_again_ns = None;
+            if std::mem::take(&mut self.arrivals_wait) {
+                let ids: Vec<u32> = self.arrivals.keys().copied().collect();
+                for id in ids {
+                    self.arrival_ready(id);
+                }
+            }
             self.accept_workers();
             if self.front_end.is_none() {
                 self.front_end_waits();
@@ -94,6 +104,7 @@ impl EventLoop {
             Ok(peer) => peer,
             Err(error) => {
                 debug!("a connection was closed at once: {error}");
+                self.closer.give(vec![fd]);
                 return;
             }
         };
@@ -104,10 +115,12 @@ impl EventLoop {
                 return;
             }
         };
+        socket.take_descriptors_only();
         let id = self.next_arrival;
         self.next_arrival = self.next_arrival.wrapping_add(1);
         if let Err(error) = self.poller.watch(&socket, Token::Arrival(id)) {
             warn!("a connection cannot be watched: {error}");
+            self.closer.give(vec![socket.into()]);
             return;
         }
         self.arrivals.insert(id, Arrival { socket, peer, since_ns: now_ns() });
@@ -127,7 +140,17 @@ impl EventLoop {
             if self.refusals.take(now_ns) {
                 info!("a connection on the control socket did not say HELLO in time and was closed");
             }
-            self.drop_arrival(id);
+            if let Some(arrival) = self.drop_arrival(id) {
+                self.closer.give(vec![arrival.socket.into()]);
+            }
+        }
+    }
+
+    /// Closes all connections that have not said HELLO yet.
+    pub(super) fn drop_arrivals(&mut self) {
+        for arrival in std::mem::take(&mut self.arrivals).into_values() {
+            self.poller.forget(&arrival);
+            self.closer.give(vec![arrival.socket.into()]);
         }
     }
 
@@ -141,39 +164,51 @@ impl EventLoop {
 
     pub(super) fn arrival_ready(&mut self, id: u32) {
         let Some(arrival) = self.arrivals.get(&id) else { return };
-        let received = link::receive(&arrival.socket);
+        if self.closer.is_behind(now_ns()) {
+            self.arrivals_wait = true;
+            self.pause_accept();
+            return;
+        }
+        let mut fds = Vec::new();
+        let received = link::receive(&arrival.socket, &mut fds);
         if matches!(received, Ok(None)) {
             return;
         }
         let Some(arrival) = self.drop_arrival(id) else { return };
-        let Refused { refusal, why, socket } = match received {
-            Ok(Some((WorkerMessage::Hello(hello), fds))) => match self.attach(hello, fds, arrival) {
-                Ok(()) => return,
-                Err(refused) => refused,
-            },
-            Ok(Some(_)) => Refused {
+        let refused = match received {
+            Ok(Some(WorkerMessage::Hello(hello))) => self.attach(hello, &fds, arrival).err(),
+            Ok(Some(_)) => Some(Refused {
                 refusal: Refusal::NotAWorker,
                 why: String::from("no HELLO came first"),
                 socket: arrival.socket,
-            },
-            Ok(None) | Err(LinkError::Closed) => return,
-            Err(error) => Refused { refusal: Refusal::NotAWorker, why: error.to_string(), socket: arrival.socket },
+            }),
+            Ok(None) | Err(LinkError::Closed) => {
+                fds.insert(0, arrival.socket.into());
+                None
+            }
+            Err(error) => {
+                Some(Refused { refusal: Refusal::NotAWorker, why: error.to_string(), socket: arrival.socket })
+            }
         };
-        if self.refusals.take(now_ns()) {
-            warn!("a worker was refused: {refusal:?}: {why}");
+        if let Some(Refused { refusal, why, socket }) = refused {
+            if self.refusals.take(now_ns()) {
+                warn!("a worker was refused: {refusal:?}: {why}");
+            }
+            link::send_once(&socket, &DaemonMessage::Refused(refusal));
+            // First: the other side sees its end whatever else hangs.
+            fds.insert(0, socket.into());
         }
-        link::send_once(&socket, &DaemonMessage::Refused(refusal));
+        self.closer.give(fds);
     }
 
-    fn attach(&mut self, hello: Hello, fds: Vec<OwnedFd>, arrival: Arrival) -> Result<(), Refused> {
+    fn attach(&mut self, hello: Hello, fds: &[OwnedFd], arrival: Arrival) -> Result<(), Refused> {
         let Arrival { socket, peer, .. } = arrival;
         if let Err(refusal) = self.check_hello(&hello) {
             let why = format!("label {:?}", hello.label);
             return Err(Refused { refusal, why, socket });
         }
-        let mut fds = fds.into_iter();
-        let process = match Process::verified(peer, fds.next(), socket.as_fd()) {
-            Ok(process) if fds.next().is_none() => process,
+        let process = match Process::verified(peer, fds.first().map(AsFd::as_fd), socket.as_fd()) {
+            Ok(process) if fds.len() == 1 => process,
             Ok(_) => {
                 let why = String::from("more than one descriptor came with HELLO");
                 return Err(Refused { refusal: Refusal::NotAWorker, why, socket });

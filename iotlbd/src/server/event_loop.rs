@@ -17,6 +17,7 @@ use tracing::{debug, error, info};
 use super::alarm::{Alarm, now_ns};
 use super::arrivals::Arrival;
 use super::back_end::BackEnd;
+use super::closer::Closer;
 use super::config::{ServerConfig, StallPolicy};
 use super::eventfd::Signaller;
 use super::figures::Figures;
@@ -62,6 +63,9 @@ pub(crate) struct EventLoop {
     pub(super) leases: Leases,
     pub(super) grace: GraceWait,
     pub(super) signaller: Signaller,
+    pub(super) closer: Closer,
+    /// Arrivals were reported and not looked at.
+    pub(super) arrivals_wait: bool,
     /// What is logged about a ring's errors is bounded.
     pub(super) queue_errors: LogBudget,
     /// The same for refused workers.
@@ -158,6 +162,8 @@ impl EventLoop {
             leases,
             grace: GraceWait::default(),
             signaller: Signaller::default(),
+            closer: Closer::default(),
+            arrivals_wait: false,
             queue_errors: LogBudget::default(),
             refusals: LogBudget::default(),
             stopping: false,

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use iotlb_proto::control::{self, ControlError, DaemonMessage, QueueLease, WorkerMessage};
-use iotlb_proto::socket::{PacketError, PacketSocket, ReceivedPacket};
+use iotlb_proto::socket::{PacketError, PacketSocket};
 
 use crate::device::Device;
 
@@ -52,6 +52,9 @@ pub(crate) enum LinkError {
     /// What came is no message.
     #[error("what came is no message: {0}")]
     Garbage(ControlError),
+    /// Descriptors came, and no message but HELLO has any.
+    #[error("it sent descriptors, which only HELLO comes with")]
+    Descriptors,
     /// A message of ours cannot be encoded.
     #[error("a message cannot be sent: {0}")]
     Encode(ControlError),
@@ -141,9 +144,18 @@ impl Link {
         Ok(Sent::Yes)
     }
 
-    /// The next message, if one is there.
-    pub(crate) fn receive(&mut self) -> Result<Option<(WorkerMessage, Vec<OwnedFd>)>, LinkError> {
-        receive(&self.socket)
+    /// The next message, if one is there. Descriptors are left where they are: they cost the daemon nothing there, and
+    /// are closed with the socket.
+    pub(crate) fn receive(&mut self) -> Result<Option<WorkerMessage>, LinkError> {
+        if self.socket.brings_descriptors()? {
+            return Err(LinkError::Descriptors);
+        }
+        receive(&self.socket, &mut Vec::new())
+    }
+
+    /// The socket, for who closes it. What was not sent is forgotten.
+    pub(crate) fn into_socket(self) -> OwnedFd {
+        self.socket.into()
     }
 }
 
@@ -153,12 +165,13 @@ impl AsFd for Link {
     }
 }
 
-/// The next message on a socket, if one is there.
-pub(crate) fn receive(socket: &PacketSocket) -> Result<Option<(WorkerMessage, Vec<OwnedFd>)>, LinkError> {
-    match socket.receive()? {
-        ReceivedPacket::Packet { bytes, fds } => Ok(Some((control::decode(&bytes).map_err(LinkError::Garbage)?, fds))),
-        ReceivedPacket::WouldBlock => Ok(None),
-        ReceivedPacket::Closed => Err(LinkError::Closed),
+/// The next message on a socket, if one is there. Whatever comes of it, the descriptors that came are in `fds`.
+pub(crate) fn receive(socket: &PacketSocket, fds: &mut Vec<OwnedFd>) -> Result<Option<WorkerMessage>, LinkError> {
+    match socket.receive_into(fds) {
+        Ok(Some(bytes)) => Ok(Some(control::decode(&bytes).map_err(LinkError::Garbage)?)),
+        Ok(None) => Ok(None),
+        Err(PacketError::Closed) => Err(LinkError::Closed),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -16,6 +16,7 @@
 //! | `front_end`, `back_end` | the two channels of a front-end |
 //! | `arrivals` | connections that have not said HELLO yet |
 //! | `registry`, `worker`, `link`, `process` | workers, their segments, connections and processes |
+//! | `closer` | threads that close what workers and strangers sent |
 //! | `leases` | which worker owns which queue |
 //! | `grace`, `stall` | waiting for readers, and what happens to those that make the guest wait |
 //! | `eventfd` | other processes' eventfds |
@@ -31,6 +32,7 @@ mod actions;
 mod alarm;
 mod arrivals;
 mod back_end;
+mod closer;
 mod cpu;
 mod event_loop;
 mod eventfd;
@@ -169,6 +171,7 @@ impl Server {
         let mut event_loop = EventLoop::new(config, front_end, control, stop, cpus)?;
         info!("serving");
         let result = event_loop.run();
+        event_loop.let_all_go();
         info!("stopped");
         result
     }

@@ -33,6 +33,9 @@ pub(crate) enum ProcessError {
     /// It is another process's.
     #[error("the pidfd is not that of the process that connected; a wrapper must not hold the connection")]
     Another,
+    /// It cannot be kept.
+    #[error("the pidfd cannot be duplicated: {0}")]
+    Copy(io::Error),
     /// The peer cannot be named.
     #[error("the kernel does not name the process behind the socket: {0}")]
     Peer(io::Error),
@@ -51,27 +54,32 @@ impl Process {
     /// The process to watch: that behind the socket, if the pidfd that came with HELLO names the same one.
     pub(crate) fn verified(
         peer: Option<OwnedFd>,
-        sent: Option<OwnedFd>,
+        sent: Option<BorrowedFd<'_>>,
         socket: impl AsFd,
     ) -> Result<Process, ProcessError> {
         let sent = sent.ok_or(ProcessError::Missing)?;
-        if !is_pidfd(sent.as_fd()) {
+        if !is_pidfd(sent) {
             return Err(ProcessError::NotAPidfd);
         }
         let Some(peer) = peer else {
-            let sent_pid = pid_of(sent.as_fd()).ok_or(ProcessError::NotAPidfd)?;
+            let sent_pid = pid_of(sent).ok_or(ProcessError::NotAPidfd)?;
             // Without the kernel's word the numbers are all there is. 0: a process of another pid namespace.
             let credentials = getsockopt(&socket.as_fd(), sockopt::PeerCredentials)
                 .map_err(|error| ProcessError::Peer(error.into()))?;
             if credentials.pid() != 0 && sent_pid > 0 && i64::from(credentials.pid()) != sent_pid {
                 return Err(ProcessError::Another);
             }
-            return Ok(Process { pidfd: sent });
+            return Ok(Process { pidfd: sent.try_clone_to_owned().map_err(ProcessError::Copy)? });
         };
-        if !same(peer.as_fd(), sent.as_fd()) {
+        if !same(peer.as_fd(), sent) {
             return Err(ProcessError::Another);
         }
         Ok(Process { pidfd: peer })
+    }
+
+    /// The descriptor, for who closes it: it may be the worker's own.
+    pub(crate) fn into_pidfd(self) -> OwnedFd {
+        self.pidfd
     }
 
     /// Whether it has ended.
@@ -143,7 +151,7 @@ mod tests {
     fn ones_own_pidfd_is_accepted() {
         let (a, _b) = UnixStream::pair().expect("pair");
         let known = peer(&a).expect("kernel answers");
-        let process = Process::verified(known, Some(own()), &a).expect("the same process");
+        let process = Process::verified(known, Some(own().as_fd()), &a).expect("the same process");
         assert!(!process.is_dead());
     }
 
@@ -153,23 +161,23 @@ mod tests {
         let mut child = Command::new("cat").stdin(std::process::Stdio::piped()).spawn().expect("starts");
         let pid = Pid::from_raw(i32::try_from(child.id()).expect("small")).expect("not 0");
         let other = pidfd_open(pid, PidfdFlags::empty()).expect("pidfd");
-        let wrong = Process::verified(peer(&a).expect("answers"), Some(other), &a);
+        let wrong = Process::verified(peer(&a).expect("answers"), Some(other.as_fd()), &a);
         child.kill().expect("killed");
         child.wait().expect("ended");
         assert!(matches!(wrong, Err(ProcessError::Another)));
         let missing = Process::verified(peer(&a).expect("answers"), None, &a);
         assert!(matches!(missing, Err(ProcessError::Missing)));
         let file = OwnedFd::from(fs::File::open("/dev/null").expect("opens"));
-        let no_pidfd = Process::verified(peer(&a).expect("answers"), Some(file), &a);
+        let no_pidfd = Process::verified(peer(&a).expect("answers"), Some(file.as_fd()), &a);
         assert!(matches!(no_pidfd, Err(ProcessError::NotAPidfd)));
     }
 
     #[test]
     fn a_kernel_that_does_not_name_the_peer_leaves_its_number() {
         let (a, _b) = UnixStream::pair().expect("pair");
-        Process::verified(None, Some(own()), &a).expect("the same number");
+        Process::verified(None, Some(own().as_fd()), &a).expect("the same number");
         let init = pidfd_open(Pid::INIT, PidfdFlags::empty()).expect("pidfd");
-        assert!(matches!(Process::verified(None, Some(init), &a), Err(ProcessError::Another)));
+        assert!(matches!(Process::verified(None, Some(init.as_fd()), &a), Err(ProcessError::Another)));
         assert_eq!(pid_of(own().as_fd()), Some(i64::from(getpid().as_raw_pid())));
     }
 }

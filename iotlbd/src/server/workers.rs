@@ -1,6 +1,7 @@
 //! What workers say, and what becomes of them.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use iotlb_proto::control::{DaemonMessage, WorkerMessage};
 use iotlb_proto::layout::worker::PROGRESS_VALID;
@@ -12,6 +13,7 @@ use super::event_loop::EventLoop;
 use super::link::{LinkError, Outgoing, Sent};
 use super::poller::Token;
 use super::stall::Step;
+use super::worker::Worker;
 use crate::device::{Event, WorkerId};
 
 /// Messages of one worker taken in one round: the others' turn comes after.
@@ -70,11 +72,7 @@ impl EventLoop {
         for _ in 0..MESSAGES_PER_ROUND {
             let Some(link) = self.registry.get_mut(id).and_then(|worker| worker.link.as_mut()) else { return };
             match link.receive() {
-                Ok(Some((message, fds))) => {
-                    // No message but HELLO comes with descriptors. They are closed.
-                    drop(fds);
-                    self.worker_says(id, message);
-                }
+                Ok(Some(message)) => self.worker_says(id, message),
                 Ok(None) => return,
                 Err(LinkError::Closed) => {
                     self.disconnect(id, "the worker closed it");
@@ -164,6 +162,7 @@ impl EventLoop {
         let Some(worker) = self.registry.get_mut(id) else { return };
         let Some(link) = worker.link.take() else { return };
         self.poller.forget(&link);
+        self.closer.give(vec![link.into_socket()]);
         if worker.process.is_dead() {
             self.process_ended(id);
             return;
@@ -210,16 +209,38 @@ impl EventLoop {
     fn remove_worker(&mut self, id: WorkerId) {
         self.note_progress_of(id);
         let Some(worker) = self.registry.remove(id) else { return };
-        self.poller.forget(&worker.process);
-        self.poller.forget(worker.doorbell.as_fd());
-        if let Some(link) = &worker.link {
-            self.poller.forget(link);
-        }
+        self.let_go(worker);
         let freed = self.leases.release_all(id);
         if !freed.is_empty() {
             info!(worker = id.0, queues = ?freed, "free again");
         }
         self.device.handle(Event::WorkerGone { worker: id }, now_ns());
+    }
+
+    /// Has closed what a worker shared, or could have sent things to.
+    fn let_go(&mut self, worker: Worker) {
+        let Worker { process, doorbell, link, .. } = worker;
+        self.poller.forget(&process);
+        self.poller.forget(doorbell.as_fd());
+        let mut fds = Vec::new();
+        if let Some(link) = link {
+            self.poller.forget(&link);
+            fds.push(link.into_socket());
+        }
+        fds.push(process.into_pidfd());
+        // The other descriptor of it went with the link's WELCOME.
+        fds.extend(Arc::into_inner(doorbell));
+        self.closer.give(fds);
+    }
+
+    /// The end of the loop: lets everybody go.
+    pub(super) fn let_all_go(&mut self) {
+        for id in self.registry.ids() {
+            if let Some(worker) = self.registry.remove(id) {
+                self.let_go(worker);
+            }
+        }
+        self.drop_arrivals();
     }
 
     /// Does what is due to workers that hold a reply back.

@@ -55,6 +55,11 @@ impl Running {
     }
 
     pub fn start_with(change: impl FnOnce(&mut ServerConfig)) -> Running {
+        Running::start_behind(change, |_| {})
+    }
+
+    /// Runs the server only after `before`, which gets the path of its control socket: what is sent there waits.
+    pub fn start_behind(change: impl FnOnce(&mut ServerConfig), before: impl FnOnce(&Path)) -> Running {
         let directory = tempfile::tempdir().expect("temporary directory");
         let front_end = FrontEndSource::Path { path: directory.path().join("front-end"), mode: 0o600 };
         let mut config =
@@ -64,6 +69,7 @@ impl Running {
         config.stall.revoke_ms = 3_600_000;
         change(&mut config);
         let server = Server::start(config).expect("starts");
+        before(&directory.path().join("control"));
         let (reader, writer) = std::io::pipe().expect("pipe");
         let thread = std::thread::spawn(move || server.run(OwnedFd::from(reader)));
         Running { directory, stop: Some(writer), thread: Some(thread) }

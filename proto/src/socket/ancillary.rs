@@ -18,9 +18,11 @@ use nix::sys::socket::{ControlMessage, MsgFlags, recvmsg, sendmsg};
 const CMSG_HEADER_LEN: usize = size_of::<usize>() + 2 * size_of::<i32>();
 /// `SCM_PIDFD` of `linux/socket.h`.
 const SCM_PIDFD: i32 = 4;
-/// Room for control data, in 64-bit words. 256 bytes: 32 descriptors need 144, credentials and a pidfd, which the peer
-/// may have asked for, 56. More descriptors than are accepted may fit; they are counted and closed by the caller.
-const CONTROL_WORDS: usize = 32;
+/// Room for control data, in 64-bit words. 2 KiB: the 253 descriptors that the system lets through at most need 1,032,
+/// credentials and a pidfd, which the peer may have asked for, 56, and a security label has the rest. Far more than are
+/// accepted: what there is no room for would be closed within the call, and to close a stranger's descriptor can take
+/// for ever. So the caller gets all of them, to count and to close.
+const CONTROL_WORDS: usize = 256;
 
 /// What one `recvmsg` brought.
 #[derive(Debug)]
@@ -91,7 +93,7 @@ fn descriptors(control: &[u64; CONTROL_WORDS], len: usize) -> Vec<OwnedFd> {
         return Vec::new();
     }
     let mut bytes = [0u8; CONTROL_WORDS * size_of::<u64>()];
-    for (chunk, word) in bytes.chunks_exact_mut(size_of::<u64>()).zip(control) {
+    for (chunk, word) in bytes.chunks_exact_mut(size_of::<u64>()).zip(control).take(len.div_ceil(size_of::<u64>())) {
         chunk.copy_from_slice(&word.to_ne_bytes());
     }
     let mut rest = &bytes[..len.min(bytes.len())];

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socketpair, sockopt};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, setsockopt, socketpair, sockopt};
+use nix::{setsockopt_impl, sockopt_impl};
 
 use super::address::{self, AddressError, Kind};
 use super::ancillary;
@@ -14,6 +15,18 @@ use crate::control::MESSAGE_MAX;
 
 /// Most descriptors with one packet. A WELCOME has four; the rest is head room.
 pub const PACKET_FDS_MAX: usize = 8;
+
+/// `SO_PASSPIDFD` of `asm-generic/socket.h`.
+const SO_PASSPIDFD: i32 = 76;
+
+sockopt_impl!(
+    /// Whether a pidfd of the sender comes along.
+    PassPidfd, SetOnly, libc::SOL_SOCKET, SO_PASSPIDFD, bool
+);
+sockopt_impl!(
+    /// Whether the sender's security label does.
+    PassSecurity, SetOnly, libc::SOL_SOCKET, libc::SO_PASSSEC, bool
+);
 
 /// What [`PacketSocket::receive`] found.
 #[derive(Debug)]
@@ -31,7 +44,7 @@ pub enum ReceivedPacket {
     Closed,
 }
 
-/// Why a packet was not received or sent. All descriptors of a received one are closed.
+/// Why a packet was not received or sent. [`PacketSocket::receive`] has closed all descriptors of a received one.
 #[derive(Debug, thiserror::Error)]
 pub enum PacketError {
     /// The packet is longer than any control message.
@@ -63,7 +76,7 @@ pub enum PacketError {
         /// Descriptors of the packet.
         fds: usize,
     },
-    /// The peer has closed. From a blocking call, or when something was to be sent.
+    /// The peer has closed. From a blocking call or [`PacketSocket::receive_into`], or when something was to be sent.
     #[error("the peer closed the connection")]
     Closed,
     /// A blocking call has waited long enough.
@@ -135,6 +148,23 @@ impl PacketSocket {
     /// See [`PacketError`]. The next packet can still be received, but a peer that sends such things is not to be
     /// trusted.
     pub fn receive(&self) -> Result<ReceivedPacket, PacketError> {
+        let mut fds = Vec::new();
+        match self.receive_into(&mut fds) {
+            Ok(Some(bytes)) => Ok(ReceivedPacket::Packet { bytes, fds }),
+            Ok(None) => Ok(ReceivedPacket::WouldBlock),
+            Err(PacketError::Closed) => Ok(ReceivedPacket::Closed),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Receives one packet, without waiting; `None`: nothing there. All descriptors that came are put into `fds`, those
+    /// of a packet that is refused as well: to close what a stranger sent can take as long as the stranger likes, so
+    /// who must not wait has others close it.
+    ///
+    /// # Errors
+    ///
+    /// As [`PacketSocket::receive`]; also [`PacketError::Closed`].
+    pub fn receive_into(&self, fds: &mut Vec<OwnedFd>) -> Result<Option<Vec<u8>>, PacketError> {
         let mut buffer = [0; MESSAGE_MAX];
         let mut received = ancillary::receive(self.fd.as_fd(), &mut buffer);
         if received.as_ref().is_err_and(|error| *error == Errno::ECONNRESET) {
@@ -144,23 +174,48 @@ impl PacketSocket {
         }
         let fragment = match received {
             Ok(fragment) => fragment,
-            Err(Errno::EAGAIN) => return Ok(ReceivedPacket::WouldBlock),
-            Err(Errno::ECONNRESET) => return Ok(ReceivedPacket::Closed),
+            Err(Errno::EAGAIN) => return Ok(None),
+            Err(Errno::ECONNRESET) => return Err(PacketError::Closed),
             Err(error) => return Err(PacketError::Receive(error.into())),
         };
+        let count = fragment.fds.len();
+        fds.extend(fragment.fds);
         if fragment.data_truncated {
             return Err(PacketError::TooLong);
         }
-        if fragment.fds.len() > PACKET_FDS_MAX {
-            return Err(PacketError::TooManyDescriptors { count: fragment.fds.len() });
+        if count > PACKET_FDS_MAX {
+            return Err(PacketError::TooManyDescriptors { count });
         }
         if fragment.control_truncated {
             return Err(PacketError::DescriptorsTruncated);
         }
         if fragment.len == 0 {
-            return Ok(ReceivedPacket::Closed);
+            return Err(PacketError::Closed);
         }
-        Ok(ReceivedPacket::Packet { bytes: buffer[..fragment.len].to_vec(), fds: fragment.fds })
+        Ok(Some(buffer[..fragment.len].to_vec()))
+    }
+
+    /// Whether descriptors come with the next packet. They stay where they are. After
+    /// [`PacketSocket::take_descriptors_only`]: credentials would count as well.
+    ///
+    /// # Errors
+    ///
+    /// [`PacketError::Receive`].
+    pub fn brings_descriptors(&self) -> Result<bool, PacketError> {
+        match ancillary::peek(self.fd.as_fd(), &mut [0]) {
+            Ok((_, brings)) => Ok(brings),
+            Err(Errno::EAGAIN | Errno::ECONNRESET) => Ok(false),
+            Err(error) => Err(PacketError::Receive(error.into())),
+        }
+    }
+
+    /// Has nothing come along with packets but descriptors. An accepted socket has from its listener, which a
+    /// supervisor may have made, whether credentials do.
+    pub fn take_descriptors_only(&self) {
+        // An Err means a kernel without the option: it cannot be on.
+        let _ = setsockopt(&self.fd, sockopt::PassCred, &false);
+        let _ = setsockopt(&self.fd, PassPidfd, &false);
+        let _ = setsockopt(&self.fd, PassSecurity, &false);
     }
 
     /// Sends one packet, without waiting: whole, or not at all.
