@@ -3,16 +3,19 @@
 mod server_support;
 
 use std::io::Write;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use iotlb_proto::access::Access;
+use iotlb_proto::vhost_user::features::protocol;
+use iotlbd::sim::channel::Channel;
 use iotlbd::sim::front_end::FrontEnd;
 use iotlbd::sim::wire::{HEADER_LEN, MessageHeader, code};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, Shutdown, recv, shutdown};
-use server_support::{Running, started_front_end, watchdog};
+use server_support::{Running, TIMEOUT_MS, started_front_end, watchdog};
 
 const IOVA: u64 = 0x10_0000;
 
@@ -84,5 +87,24 @@ fn what_was_asked_before_framing_is_lost_is_answered() {
     let main = OwnedFd::from(stream);
     assert_eq!(next(&main), Ok(HEADER_LEN + 8), "the features");
     assert!(matches!(next(&main), Ok(0) | Err(Errno::CONNRESET)), "then the end");
+    server.stop();
+}
+
+#[test]
+fn a_front_end_that_gave_away_its_own_end_is_gone_when_it_is_gone() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let stream = UnixStream::connect(server.front_end()).expect("connects");
+    let own = stream.try_clone().expect("a copy");
+    let main = Channel::new(stream, Duration::from_millis(TIMEOUT_MS.into()));
+    let features = (protocol::BACKEND_REQ | protocol::REPLY_ACK).to_ne_bytes();
+    let header = MessageHeader::request(code::SET_PROTOCOL_FEATURES, 8, false);
+    main.send("features", header, &features, &[]).expect("sent");
+    let header = MessageHeader::request(code::SET_BACKEND_REQ_FD, 0, true);
+    main.send("a channel", header, &[], &[own.as_fd()]).expect("sent");
+    let answer = main.receive("an acknowledgement").expect("answered");
+    assert_eq!(answer.body, 1_u64.to_ne_bytes(), "taken for a back-end channel");
+    drop((main, own));
+    drop(started_front_end(&server.front_end()));
     server.stop();
 }

@@ -10,7 +10,7 @@ use iotlb_proto::vhost_user::{
 
 use rustix::fs::{FileType, fstat};
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
-use rustix::net::{AddressFamily, SocketType};
+use rustix::net::{AddressFamily, SocketType, getpeername};
 
 use super::machine::Device;
 use super::memory::{MemoryError, REGIONS_MAX};
@@ -41,7 +41,7 @@ pub(super) enum RequestError {
     WrongDirection(IotlbKind),
     #[error("device status {0:#x} does not fit 8 bits")]
     Status(u64),
-    #[error("the descriptor of the back-end channel is not a connected unix stream socket")]
+    #[error("the descriptor of the back-end channel is not one end of a pair of unix stream sockets")]
     Channel,
     #[error("the descriptor for ring {0} is a file, a socket or a pipe, not an event descriptor")]
     NoEvent(u8),
@@ -56,6 +56,20 @@ fn is_channel(fd: &OwnedFd) -> bool {
     socket_domain(fd) == Ok(AddressFamily::UNIX)
         && socket_type(fd) == Ok(SocketType::STREAM)
         && socket_acceptconn(fd) == Ok(false)
+        && !has_named_peer(fd)
+}
+
+/// Whether the other end has a name, as one that somebody's listener accepted has. A front-end makes a pair for the
+/// channel, and a pair has no names; its own end of the main connection has this daemon's at the other end, and kept
+/// open here the connection would never end.
+fn has_named_peer(fd: &OwnedFd) -> bool {
+    match getpeername(fd) {
+        // The length is all that is needed; nothing but the family: no name.
+        Ok(Some(name)) => usize::try_from(name.addr_len()).is_ok_and(|len| len > size_of::<libc::sa_family_t>()),
+        Ok(None) => false,
+        // Not connected: of no use either.
+        Err(_) => true,
+    }
 }
 
 /// Whether `fd` can be a kick, a call or an error descriptor: no file, socket or pipe. Those are kept, and handed on to
