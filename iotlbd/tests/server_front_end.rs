@@ -8,14 +8,16 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use iotlb_proto::access::Access;
+use iotlb_proto::socket::{PacketError, PacketListener};
 use iotlb_proto::vhost_user::features::protocol;
+use iotlbd::server::{FrontEndSocket, FrontEndSource};
 use iotlbd::sim::channel::Channel;
 use iotlbd::sim::front_end::FrontEnd;
 use iotlbd::sim::wire::{HEADER_LEN, MessageHeader, code};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, Shutdown, recv, shutdown};
-use server_support::{Running, TIMEOUT_MS, started_front_end, watchdog};
+use server_support::{Running, TIMEOUT_MS, connect, started_front_end, watchdog};
 
 const IOVA: u64 = 0x10_0000;
 
@@ -106,5 +108,24 @@ fn a_front_end_that_gave_away_its_own_end_is_gone_when_it_is_gone() {
     assert_eq!(answer.body, 1_u64.to_ne_bytes(), "taken for a back-end channel");
     drop((main, own));
     drop(started_front_end(&server.front_end()));
+    server.stop();
+}
+
+#[test]
+fn who_waits_behind_a_connection_that_cannot_be_used_is_not_forgotten() {
+    let _watchdog = watchdog();
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("packets");
+    // Connections of the wrong kind, all of which wait before the first is looked at.
+    let listener = PacketListener::bind(&path, 0o600).expect("binds");
+    let fd = listener.as_fd().try_clone_to_owned().expect("a copy");
+    let mut waiting = Vec::new();
+    let server = Running::start_behind(
+        |config| config.front_end = FrontEndSource::Inherited(FrontEndSocket::Listener(fd)),
+        |_| waiting.extend((0..3).map(|_| connect(&path))),
+    );
+    for socket in &waiting {
+        assert!(matches!(socket.receive_blocking(TIMEOUT_MS), Err(PacketError::Closed)));
+    }
     server.stop();
 }

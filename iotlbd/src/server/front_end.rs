@@ -222,6 +222,8 @@ impl EventLoop {
             Err(error) => {
                 warn!("the front-end's connection cannot be used: {error}");
                 self.done |= self.door.is_over();
+                // Another may wait, and is not reported again.
+                self.pause_accept();
                 return;
             }
         }
