@@ -9,13 +9,16 @@ use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use iotlb_proto::access::Access;
 use iotlb_proto::control::{self, DaemonMessage, Refusal, WorkerMessage};
-use iotlb_proto::socket::{PacketError, PacketSocket};
+use iotlb_proto::iova::IovaRange;
+use iotlb_proto::socket::{PacketError, PacketSocket, ReceivedPacket};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
 use rustix::net::sockopt::set_socket_linger;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use server_support::{RawWorker, Running, TIMEOUT_MS, connect, hear, hello, own_pidfd, say, watchdog};
 
 /// An epoll set whose lock is held: a thread of this process was about to be told of an event, in memory that is not
@@ -195,5 +198,44 @@ fn a_doorbell_that_takes_long_to_close_stops_nobody() {
     held.let_go();
     assert!(matches!(answer, Ok(DaemonMessage::Welcome(_))), "{answer:?}");
     hear_the_end(&socket);
+    server.stop();
+}
+
+#[test]
+fn many_who_watch_a_workers_socket_hold_up_that_worker_only() {
+    const WATCHES: usize = 100_000;
+    const CLAIMS: u64 = 32;
+    let _watchdog = watchdog();
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).expect("raised");
+    let server = Running::start();
+    let [bad, good] = [(); 2].map(|()| RawWorker::attach(&server.control()));
+    let copies: Vec<_> = (0..400).map(|_| bad.socket.as_fd().try_clone_to_owned().expect("a copy")).collect();
+    let sets: Vec<_> =
+        (0..WATCHES / copies.len()).map(|_| epoll::create(CreateFlags::CLOEXEC).expect("epoll")).collect();
+    for set in &sets {
+        for copy in &copies {
+            // Only urgent data, which never comes: nobody is woken up, but every one is asked.
+            if epoll::add(set, copy, EventData::new_u64(0), EventFlags::PRI).is_err() {
+                eprintln!("NOT TESTED: many who watch a socket, because of /proc/sys/fs/epoll/max_user_watches");
+                return;
+            }
+        }
+    }
+    for claim in 0..CLAIMS {
+        say(&bad.socket, &WorkerMessage::ClaimQueues { claim, queues: vec![0, 1] });
+    }
+    assert!(matches!(hear(&bad.socket), Ok((DaemonMessage::Lease(_), _))), "the loop is in the middle of it");
+    good.segment.cells[0].post(1, IovaRange::page_of(0x1000), Access::READ);
+    good.segment.mark_posted(0);
+    rustix::io::write(&good.doorbell, &1_u64.to_ne_bytes()).expect("rings");
+    while good.segment.cells[0].answer(1).is_none() {
+        std::thread::yield_now();
+    }
+    let mut answers = 1;
+    while let Ok(ReceivedPacket::Packet { .. }) = bad.socket.receive() {
+        answers += 1;
+    }
+    assert!(answers < 2 * CLAIMS, "all {answers} answers to one worker came before the one to the other");
     server.stop();
 }

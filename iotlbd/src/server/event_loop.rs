@@ -55,7 +55,7 @@ pub(crate) struct EventLoop {
     pub(super) control: ControlListener,
     /// After a failed accept: when to try again.
     pub(super) accept_again_ns: Option<u64>,
-    /// When to send again what the kernel would not take.
+    /// When to send again what the kernel would not take, or what was left for later.
     pub(super) flush_again_ns: Option<u64>,
     pub(super) arrivals: BTreeMap<u32, Arrival>,
     pub(super) next_arrival: u32,

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use iotlb_proto::control::{self, ControlError, DaemonMessage, QueueLease, WorkerMessage};
 use iotlb_proto::socket::{PacketError, PacketSocket};
 
+use super::alarm::now_ns;
+use super::turn::Turn;
 use crate::device::Device;
 
 /// Messages that wait for a worker to read. A table of guest memory and a lease for each queue are some hundred; a
@@ -72,6 +74,8 @@ pub(crate) enum Sent {
     NoRoom,
     /// Not sent: too many descriptors of this user are on their way, to whomever.
     TryLater,
+    /// Not sent: others have their turn until then, in ns.
+    Rests(u64),
 }
 
 /// The connection.
@@ -80,11 +84,14 @@ pub(crate) struct Link {
     socket: PacketSocket,
     queue: VecDeque<Outgoing>,
     fds_in_flight: usize,
+    turn: Turn,
+    /// It was left without being read to the end.
+    is_unread: bool,
 }
 
 impl Link {
     pub(crate) fn new(socket: PacketSocket) -> Link {
-        Link { socket, queue: VecDeque::new(), fds_in_flight: 0 }
+        Link { socket, queue: VecDeque::new(), fds_in_flight: 0, turn: Turn::default(), is_unread: false }
     }
 
     /// Queues a message.
@@ -114,14 +121,18 @@ impl Link {
         self.queue.push_front(Outgoing::Message(message, Vec::new()));
     }
 
-    /// Sends what there is room for. The rest goes when the socket reports room again; after [`Sent::TryLater`] it
-    /// will not report that.
-    pub(crate) fn flush(&mut self, device: &Device) -> Result<Sent, LinkError> {
+    /// Sends what there is room for, on one of `connections`. The rest goes when the socket reports room again; after
+    /// [`Sent::TryLater`] and [`Sent::Rests`] it will not report that.
+    pub(crate) fn flush(&mut self, device: &Device, connections: usize) -> Result<Sent, LinkError> {
         while let Some(next) = self.queue.front() {
+            if let Some(until_ns) = self.turn.comes_ns(now_ns(), connections) {
+                return Ok(Sent::Rests(until_ns));
+            }
+            let Link { socket, fds_in_flight, turn, .. } = self;
             let sent = match next {
                 Outgoing::Message(message, fds) => {
                     let fds: Vec<BorrowedFd<'_>> = fds.iter().map(|fd| fd.as_fd()).collect();
-                    send(&self.socket, &mut self.fds_in_flight, message, &fds)?
+                    turn.spend(|| send(socket, fds_in_flight, message, &fds))?
                 }
                 Outgoing::Lease { queue, claim } => {
                     let [kick, call, err] = device.queue_descriptors(*queue);
@@ -133,7 +144,7 @@ impl Link {
                         err: err.is_some(),
                     };
                     let fds: Vec<BorrowedFd<'_>> = [kick, call, err].into_iter().flatten().collect();
-                    send(&self.socket, &mut self.fds_in_flight, &DaemonMessage::Lease(lease), &fds)?
+                    turn.spend(|| send(socket, fds_in_flight, &DaemonMessage::Lease(lease), &fds))?
                 }
             };
             if sent != Sent::Yes {
@@ -147,10 +158,26 @@ impl Link {
     /// The next message, if one is there. Descriptors are left where they are: they cost the daemon nothing there, and
     /// are closed with the socket.
     pub(crate) fn receive(&mut self) -> Result<Option<WorkerMessage>, LinkError> {
-        if self.socket.brings_descriptors()? {
-            return Err(LinkError::Descriptors);
-        }
-        receive(&self.socket, &mut Vec::new())
+        self.is_unread = false;
+        let Link { socket, turn, .. } = self;
+        turn.spend(|| {
+            if socket.brings_descriptors()? {
+                return Err(LinkError::Descriptors);
+            }
+            receive(socket, &mut Vec::new())
+        })
+    }
+
+    /// Whether it must not be read now, one of `connections`, and until when, in ns. It is not reported then.
+    pub(crate) fn rests_until_ns(&mut self, connections: usize) -> Option<u64> {
+        let until_ns = self.turn.comes_ns(now_ns(), connections);
+        self.is_unread |= until_ns.is_some();
+        until_ns
+    }
+
+    /// Whether it was not read because it rests.
+    pub(crate) fn is_unread(&self) -> bool {
+        self.is_unread
     }
 
     /// The socket, for who closes it. What was not sent is forgotten.

@@ -16,6 +16,7 @@
 //! | `front_end`, `back_end` | the two channels of a front-end |
 //! | `arrivals` | connections that have not said HELLO yet |
 //! | `registry`, `worker`, `link`, `process` | workers, their segments, connections and processes |
+//! | `turn` | how much of the loop's time a worker's connection may take |
 //! | `closer` | threads that close what workers and strangers sent |
 //! | `leases` | which worker owns which queue |
 //! | `grace`, `stall` | waiting for readers, and what happens to those that make the guest wait |
@@ -47,6 +48,7 @@ mod poller;
 mod process;
 mod registry;
 mod stall;
+mod turn;
 mod worker;
 mod workers;
 

@@ -136,9 +136,11 @@ fn store(words: &MissCell, ticket: u32, answer: Answer) {
     }
 }
 
-fn wake(words: &MissCell) {
+/// Wakes up one thread: a request is one thread's, and a worker may have thousands sleep on the word. Returns how many
+/// woke up.
+fn wake(words: &MissCell) -> usize {
     // Shared: the worker is another process. An Err cannot be: the word is mapped and aligned.
-    let _ = futex::wake(&words.state, futex::Flags::empty(), u32::MAX >> 1);
+    futex::wake(&words.state, futex::Flags::empty(), 1).unwrap_or(0)
 }
 
 /// A set of cell numbers.
@@ -170,5 +172,37 @@ impl CellSet {
         let there = self.words[word] & bit != 0;
         self.words[word] &= !bit;
         there
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_sleeper_is_woken_up_however_many_there_are() {
+        let (segment, _fd) = WorkerSegment::create(1).expect("a segment");
+        let cell = &segment.cells[0];
+        let ids = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                let id = ids.0.clone();
+                scope.spawn(move || {
+                    id.send(rustix::thread::gettid()).expect("heard");
+                    futex::wait(&cell.state, futex::Flags::empty(), 0, None).expect("woken up");
+                });
+            }
+            for id in ids.1.iter().take(3) {
+                let number = format!("/proc/self/task/{}/syscall", id.as_raw_nonzero());
+                // Asleep in the call that waits for a futex.
+                let call = format!("{} ", libc::SYS_futex);
+                let since = std::time::Instant::now();
+                while !std::fs::read_to_string(&number).is_ok_and(|text| text.starts_with(&call)) {
+                    assert!(since.elapsed().as_secs() < 30, "it does not sleep");
+                    std::thread::yield_now();
+                }
+            }
+            assert_eq!([(); 4].map(|()| wake(cell)), [1, 1, 1, 0]);
+        });
     }
 }

@@ -10,7 +10,7 @@ use tracing::{debug, error, info, warn};
 
 use super::alarm::now_ns;
 use super::event_loop::EventLoop;
-use super::link::{LinkError, Outgoing, Sent};
+use super::link::{Link, LinkError, Outgoing, Sent};
 use super::poller::Token;
 use super::stall::Step;
 use super::worker::Worker;
@@ -46,22 +46,33 @@ impl EventLoop {
     /// Sends what can be sent.
     pub(super) fn flush(&mut self, id: WorkerId) {
         let EventLoop { registry, device, .. } = self;
+        let connections = registry.len();
         let Some(link) = registry.get_mut(id).and_then(|worker| worker.link.as_mut()) else { return };
-        match link.flush(device) {
+        match link.flush(device, connections) {
             Ok(Sent::Yes | Sent::NoRoom) => {}
-            Ok(Sent::TryLater) => self.flush_again_ns = Some(now_ns().saturating_add(FLUSH_PAUSE_NS)),
+            Ok(Sent::TryLater) => self.flush_again_at(now_ns().saturating_add(FLUSH_PAUSE_NS)),
+            Ok(Sent::Rests(until_ns)) => self.flush_again_at(until_ns),
             // What it said before it closed is heard first, that it leaves above all. Then the end shows there too.
             Err(LinkError::Closed) => {}
             Err(error) => self.disconnect(id, &error.to_string()),
         }
     }
 
-    /// Tries again to send what the kernel would not take.
+    fn flush_again_at(&mut self, due_ns: u64) {
+        self.flush_again_ns = Some(self.flush_again_ns.map_or(due_ns, |due| due.min(due_ns)));
+    }
+
+    /// Tries again to send what the kernel would not take, and goes on with connections that rested.
     pub(super) fn flush_after_pause(&mut self, now_ns: u64) {
         if self.flush_again_ns.is_some_and(|due| due <= now_ns) {
             self.flush_again_ns = None;
             for id in self.registry.ids() {
-                self.flush(id);
+                let link = self.registry.get_mut(id).and_then(|worker| worker.link.as_ref());
+                if link.is_some_and(Link::is_unread) {
+                    self.control_ready(id);
+                } else {
+                    self.flush(id);
+                }
             }
         }
     }
@@ -69,8 +80,13 @@ impl EventLoop {
     /// A worker's connection has something to read, room to write, or has ended.
     pub(super) fn control_ready(&mut self, id: WorkerId) {
         self.flush(id);
+        let connections = self.registry.len();
         for _ in 0..MESSAGES_PER_ROUND {
             let Some(link) = self.registry.get_mut(id).and_then(|worker| worker.link.as_mut()) else { return };
+            if let Some(until_ns) = link.rests_until_ns(connections) {
+                self.flush_again_at(until_ns);
+                return;
+            }
             match link.receive() {
                 Ok(Some(message)) => self.worker_says(id, message),
                 Ok(None) => return,

@@ -1,0 +1,119 @@
+//! How much of the loop's time a worker's connection may take.
+//!
+//! A packet that is sent or taken wakes up all that watch the other end, and a worker can have millions of epoll
+//! entries watch its own: then a call into the kernel takes as long as thousands of others do. Nothing tells the daemon
+//! beforehand, and nothing ends a call. So it is what a connection took that counts: past a slice it rests for a
+//! multiple of that, and the loop is everybody else's.
+//!
+//! The time is that of the processor. A call during which others ran, on a machine with more to do than it can, took no
+//! longer than any: it must not cost an honest worker anything. For the same reason nothing worse comes of it than a
+//! rest: what takes long is served, slowly, and a connection that was closed would leave its queues without a worker.
+
+use rustix::time::{ClockId, clock_gettime};
+
+/// What a connection may take in one go: some hundred calls.
+pub(super) const SLICE_NS: u64 = 1_000_000;
+/// All connections together have one part in so many of the loop's time, when each takes all it can.
+const SHARE: u64 = 16;
+
+/// One connection's account.
+#[derive(Debug, Default)]
+pub(super) struct Turn {
+    spent_ns: u64,
+    /// When all is forgotten.
+    until_ns: u64,
+    rests: bool,
+}
+
+impl Turn {
+    /// When it is the connection's turn, one of `connections`; `None`: it is.
+    pub(super) fn comes_ns(&mut self, now_ns: u64, connections: usize) -> Option<u64> {
+        if now_ns >= self.until_ns {
+            let until_ns = now_ns.saturating_add(rest_ns(SLICE_NS, connections));
+            *self = Turn { spent_ns: 0, until_ns, rests: false };
+        }
+        if self.spent_ns <= SLICE_NS {
+            return None;
+        }
+        if !self.rests {
+            self.rests = true;
+            self.until_ns = now_ns.saturating_add(rest_ns(self.spent_ns, connections));
+        }
+        Some(self.until_ns)
+    }
+
+    /// Does what the connection needs, on its account.
+    pub(super) fn spend<T>(&mut self, call: impl FnOnce() -> T) -> T {
+        let before_ns = processor_ns();
+        let result = call();
+        self.spent_ns = self.spent_ns.saturating_add(processor_ns().saturating_sub(before_ns));
+        result
+    }
+}
+
+fn rest_ns(spent_ns: u64, connections: usize) -> u64 {
+    let connections = u64::try_from(connections.max(1)).unwrap_or(u64::MAX);
+    spent_ns.saturating_mul(SHARE).saturating_mul(connections)
+}
+
+/// What this thread has run, in nanoseconds.
+fn processor_ns() -> u64 {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    // Never negative.
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    seconds.saturating_mul(1_000_000_000).saturating_add(u64::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A call that takes `ns`, or somewhat more, of the processor.
+    fn take(turn: &mut Turn, ns: u64) {
+        turn.spend(|| {
+            let end_ns = processor_ns() + ns;
+            while processor_ns() < end_ns {}
+        });
+    }
+
+    #[test]
+    fn a_slice_is_followed_by_a_rest() {
+        let mut turn = Turn::default();
+        assert_eq!(turn.comes_ns(1000, 2), None);
+        take(&mut turn, SLICE_NS + 1);
+        let comes_ns = turn.comes_ns(5000, 2).expect("a rest");
+        assert!(comes_ns > 5000 + 2 * SHARE * SLICE_NS);
+        assert_eq!(turn.comes_ns(comes_ns - 1, 2), Some(comes_ns), "to ask again is no reason for more");
+        assert_eq!(turn.comes_ns(comes_ns, 2), None);
+        take(&mut turn, 4 * SLICE_NS);
+        let longer_ns = turn.comes_ns(comes_ns, 2).expect("a rest") - comes_ns;
+        assert!(longer_ns >= 8 * SHARE * SLICE_NS, "as long as it took, and more");
+    }
+
+    #[test]
+    fn who_takes_little_never_rests() {
+        let mut turn = Turn::default();
+        for n in 0..1000 {
+            take(&mut turn, SLICE_NS / 100);
+            // As much as its share of all that passes.
+            assert_eq!(turn.comes_ns(n * rest_ns(SLICE_NS / 2, 1), 1), None);
+        }
+    }
+
+    #[test]
+    fn time_without_the_processor_costs_nothing() {
+        let mut turn = Turn::default();
+        let held = std::sync::Mutex::new(());
+        let guard = held.lock().expect("free");
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| turn.spend(|| drop(held.lock().expect("let go"))));
+            let since = std::time::Instant::now();
+            while since.elapsed().as_nanos() < 3 * u128::from(SLICE_NS) {
+                std::thread::yield_now();
+            }
+            drop(guard);
+            waiting.join().expect("no panic");
+        });
+        assert_eq!(turn.comes_ns(0, 1), None);
+    }
+}
