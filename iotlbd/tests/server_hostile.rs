@@ -5,6 +5,7 @@ mod server_support;
 use std::io::{IoSlice, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -13,6 +14,8 @@ use iotlb_proto::access::Access;
 use iotlb_proto::control::{self, DaemonMessage, Refusal, WorkerMessage};
 use iotlb_proto::iova::IovaRange;
 use iotlb_proto::socket::{PacketError, PacketSocket, ReceivedPacket};
+use iotlbd::sim::channel::Channel;
+use iotlbd::sim::wire::{MessageHeader, code};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -198,6 +201,40 @@ fn a_doorbell_that_takes_long_to_close_stops_nobody() {
     held.let_go();
     assert!(matches!(answer, Ok(DaemonMessage::Welcome(_))), "{answer:?}");
     hear_the_end(&socket);
+    server.stop();
+}
+
+#[test]
+fn an_event_descriptor_of_a_ring_that_takes_long_to_close_stops_nobody() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let worker = RawWorker::attach(&server.control());
+    let stream = UnixStream::connect(server.front_end()).expect("connects");
+    let main = Channel::new(stream, Duration::from_millis(TIMEOUT_MS.into()));
+    let set_call = |payload: u64, fds: &[BorrowedFd<'_>]| {
+        let header = MessageHeader::request(code::SET_VRING_CALL, 8, false);
+        main.send("a call descriptor", header, &payload.to_ne_bytes(), fds).expect("sent");
+    };
+    let call = eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
+    set_call(0, &[call.as_fd()]);
+    drop(call);
+    say(&worker.socket, &WorkerMessage::ClaimQueues { claim: 1, queues: vec![0] });
+    let call = loop {
+        if let (DaemonMessage::Lease(_), mut fds) = hear(&worker.socket).expect("a message")
+            && let Some(call) = fds.pop()
+        {
+            break call;
+        }
+    };
+    let Some(held) = HeldEpoll::new(&[call.as_fd()]) else { return };
+    // The daemon's is the last.
+    drop(call);
+    // None any more.
+    set_call(1 << 8, &[]);
+    main.send("a question", MessageHeader::request(code::GET_FEATURES, 0, false), &[], &[]).expect("sent");
+    let answer = main.receive("the features");
+    held.let_go();
+    assert!(answer.is_ok(), "{answer:?}");
     server.stop();
 }
 

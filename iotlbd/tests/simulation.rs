@@ -618,7 +618,10 @@ impl Simulation {
                 }
                 // Workers unmap it now.
                 Action::Memory(MemoryChange::Remove { .. }) => self.no_stale_holder()?,
-                Action::UseBackEndChannel(_) | Action::Memory(_) | Action::QueueDescriptors { .. } => {}
+                Action::UseBackEndChannel(_)
+                | Action::Memory(_)
+                | Action::QueueDescriptors { .. }
+                | Action::CloseDescriptor(_) => {}
             }
         }
         if self.device.accepts_requests() {

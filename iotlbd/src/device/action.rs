@@ -49,6 +49,8 @@ pub enum Action {
         /// The call descriptor is a new one.
         call_changed: bool,
     },
+    /// Close a ring's descriptor. The worker that leased the ring had it too, so that may take long.
+    CloseDescriptor(OwnedFd),
     /// The session is drained: close both channels and listen again.
     CloseFrontEnd {
         /// For the log.

@@ -240,10 +240,10 @@ impl Device {
         self.counters.sessions += 1;
         self.stop_everything();
         for (queue, ring) in (0u16..).zip(self.rings.iter_mut()) {
-            let had_descriptors = ring.call.is_some() || ring.err.is_some();
-            *ring = Ring { published: ring.published, ..Ring::default() };
-            if had_descriptors {
+            let old = std::mem::replace(ring, Ring { published: ring.published, ..Ring::default() });
+            if old.call.is_some() || old.err.is_some() {
                 self.actions.push_back(Action::QueueDescriptors { queue, call_changed: false });
+                self.actions.extend([old.call, old.err].into_iter().flatten().map(Action::CloseDescriptor));
             }
         }
         self.table.set_running(false);

@@ -248,7 +248,8 @@ impl Device {
             Request::SetVringKick(kick) => {
                 let index = self.ring_of(&kick)?;
                 if let Some(ring) = self.rings.get_mut(index) {
-                    ring.kick = kick.fd.map_or(Kick::Polled, Kick::Fd);
+                    let old = ring.replace_kick(kick.fd.map_or(Kick::Polled, Kick::Fd));
+                    self.actions.extend(old.map(Action::CloseDescriptor));
                 }
                 let queue = u16::from(kick.index);
                 self.actions.push_back(Action::QueueDescriptors { queue, call_changed: false });
@@ -257,7 +258,8 @@ impl Device {
             Request::SetVringCall(call) => {
                 let at = self.ring_of(&call)?;
                 if let Some(ring) = self.rings.get_mut(at) {
-                    ring.call = call.fd;
+                    let old = std::mem::replace(&mut ring.call, call.fd);
+                    self.actions.extend(old.map(Action::CloseDescriptor));
                 }
                 // No reply is due, so the old descriptor may have been signalled after the front-end looked at it last:
                 // the worker signals the new one once.
@@ -267,7 +269,8 @@ impl Device {
             Request::SetVringErr(err) => {
                 let at = self.ring_of(&err)?;
                 if let Some(ring) = self.rings.get_mut(at) {
-                    ring.err = err.fd;
+                    let old = std::mem::replace(&mut ring.err, err.fd);
+                    self.actions.extend(old.map(Action::CloseDescriptor));
                 }
                 self.actions.push_back(Action::QueueDescriptors { queue: u16::from(err.index), call_changed: false });
                 Ok(Outcome::Ack)

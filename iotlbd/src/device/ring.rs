@@ -48,6 +48,15 @@ pub(super) enum Kick {
     Fd(OwnedFd),
 }
 
+impl Kick {
+    fn into_fd(self) -> Option<OwnedFd> {
+        match self {
+            Kick::Fd(fd) => Some(fd),
+            Kick::None | Kick::Polled => None,
+        }
+    }
+}
+
 /// Addresses as workers see them: IOVAs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Addresses {
@@ -113,6 +122,11 @@ impl Ring {
         self.kick = Kick::None;
     }
 
+    /// Puts another kick descriptor in the place of the old one, which is returned, to be closed.
+    pub(super) fn replace_kick(&mut self, kick: Kick) -> Option<OwnedFd> {
+        std::mem::replace(&mut self.kick, kick).into_fd()
+    }
+
     /// What the ring covers, and how it is accessed, while it is started.
     pub(super) fn areas(&self) -> Option<[(IovaRange, Access); 3]> {
         areas(self.started?, self.size).ok()
@@ -172,8 +186,10 @@ impl Device {
         let (Some(ring), Ok(queue)) = (self.rings.get_mut(index), u16::try_from(index)) else { return false };
         let was_started = ring.started.take().is_some();
         ring.unread |= was_started;
-        if !matches!(std::mem::take(&mut ring.kick), Kick::None) {
+        let kick = std::mem::take(&mut ring.kick);
+        if !matches!(kick, Kick::None) {
             self.actions.push_back(Action::QueueDescriptors { queue, call_changed: false });
+            self.actions.extend(kick.into_fd().map(Action::CloseDescriptor));
         }
         self.publish_ring(index);
         if was_started {
