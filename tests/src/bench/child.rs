@@ -138,7 +138,6 @@ fn neighbour(control: &Path, entries: u64) -> Result<(), Box<dyn std::error::Err
     let worker =
         Attachment::connect(control, &AttachOptions { label: "neighbour".into(), ..AttachOptions::default() })?;
     let visits = visits(&rig::pages(entries));
-    let line = vec![1_u64; 8];
     let load = std::thread::current();
     let orders = std::thread::spawn(move || {
         let mut stdin = std::io::stdin().lock();
@@ -160,7 +159,7 @@ fn neighbour(control: &Path, entries: u64) -> Result<(), Box<dyn std::error::Err
         // Relaxed, as in the other thread. What is no order ends the process.
         match u8::try_from(WANTED.load(Ordering::Relaxed)).unwrap_or(0) {
             order::LOOKUPS => at = hit::bursts(&reader, &visits, at, STRETCH),
-            order::LOADS => hit::l1_chain(&line, STRETCH),
+            order::LOADS => hit::l1_chain(STRETCH),
             order::REST => std::thread::park(),
             _ => break,
         }

@@ -3,6 +3,9 @@
 //! Machines of two cores with unseen neighbours are noisy by factors. What holds up is the *ratio* of two medians that
 //! were taken in turn: contestant A, B, C, A, B, C, and so on, each for a few milliseconds. The clock is that of the
 //! thread's own processor time: what other programs take of a busy machine is no part of it.
+//!
+//! Where a round is shorter than a pass over the contestant's table, it finds what the others left of the cache: it
+//! first goes over all of it, untimed ([`Contestant::after`]).
 
 use std::time::Duration;
 
@@ -16,6 +19,7 @@ const ROUND: Duration = Duration::from_millis(4);
 pub struct Contestant<'a> {
     name: &'static str,
     run: Box<dyn FnMut(u64) + 'a>,
+    untimed: u64,
 }
 
 impl std::fmt::Debug for Contestant<'_> {
@@ -27,7 +31,14 @@ impl std::fmt::Debug for Contestant<'_> {
 impl<'a> Contestant<'a> {
     /// `run(n)` does the operation `n` times.
     pub fn new(name: &'static str, run: impl FnMut(u64) + 'a) -> Contestant<'a> {
-        Contestant { name, run: Box::new(run) }
+        Contestant { name, run: Box::new(run), untimed: 0 }
+    }
+
+    /// Does so many operations untimed before each round: as many as it has places to visit, so that what a round finds
+    /// in the caches is its own doing and nobody else's.
+    #[must_use]
+    pub fn after(self, untimed: u64) -> Contestant<'a> {
+        Contestant { untimed, ..self }
     }
 }
 
@@ -46,6 +57,7 @@ pub fn interleave(rounds: usize, contestants: &mut [Contestant<'_>]) -> Vec<Samp
     let mut times: Vec<Vec<f64>> = vec![Vec::with_capacity(rounds); contestants.len()];
     for _ in 0..rounds {
         for ((contestant, &count), times) in contestants.iter_mut().zip(&counts).zip(&mut times) {
+            (contestant.run)(contestant.untimed);
             let start = thread_time();
             (contestant.run)(count);
             times.push(nanoseconds(thread_time().saturating_sub(start)) / count as f64);

@@ -23,7 +23,6 @@ pub fn run(run: &mut Run) -> Outcome {
     let pages = rig.fill(ENTRIES)?;
     let visits = visits(&pages);
     let reader = rig.worker.reader()?;
-    let line = vec![1_u64; 8];
     let mut neighbour = Helper::neighbour(&rig.control_socket(), ENTRIES)?;
     let mut at = 0;
     let mut lookups = |order: u8, neighbour: &mut Helper| -> Result<f64, Box<dyn std::error::Error>> {
@@ -35,7 +34,7 @@ pub fn run(run: &mut Run) -> Outcome {
     let loads = |order: u8, neighbour: &mut Helper| -> Result<f64, Box<dyn std::error::Error>> {
         neighbour.order(order)?;
         let start = thread_time();
-        hit::l1_chain(&line, LOADS);
+        hit::l1_chain(LOADS);
         Ok(thread_time().saturating_sub(start).as_secs_f64() * 1e9 / LOADS as f64)
     };
     let (mut ours, mut l1) = (Vec::new(), Vec::new());
