@@ -1,4 +1,5 @@
-//! The bare peer of an acknowledgement: sends 20 bytes for 44 and does nothing else.
+//! The bare peer of an acknowledgement: sends 20 bytes for 44 and does nothing else. It waits as the daemon does, and
+//! lets others run as often: a peer that yields after every empty poll has a yield's work in half of its answers.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -11,6 +12,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::Outcome;
+use super::rhythm::Rhythm;
 use super::service::{ACK_LEN, IOTLB_LEN};
 use crate::processors::bind;
 
@@ -68,11 +70,12 @@ impl Echo {
     }
 }
 
-/// Polls for a while after a message, yielding, then sleeps, in `set` if there is one.
+/// Polls for a while after a message, yielding now and then, then sleeps, in `set` if there is one.
 fn answer(stream: &UnixStream, set: Option<&OwnedFd>, takes: Takes) {
     let mut message = [0; IOTLB_LEN];
     let mut awake_until = Instant::now();
     let mut events = Vec::with_capacity(1);
+    let mut rhythm = Rhythm::default();
     loop {
         let is_awake = Instant::now() < awake_until;
         let mut flags = if is_awake || set.is_some() { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
@@ -88,6 +91,7 @@ fn answer(stream: &UnixStream, set: Option<&OwnedFd>, takes: Takes) {
                     return;
                 }
                 awake_until = Instant::now() + POLLS;
+                rhythm.worked();
             }
             Err(Errno::AGAIN) => match set.filter(|_| !is_awake) {
                 Some(set) => {
@@ -95,7 +99,7 @@ fn answer(stream: &UnixStream, set: Option<&OwnedFd>, takes: Takes) {
                     // Every way to wake up is a reason to look.
                     let _ = epoll::wait(set, spare_capacity(&mut events), None);
                 }
-                None => std::thread::yield_now(),
+                None => rhythm.idle(),
             },
             _ => return,
         }

@@ -4,18 +4,21 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::Duration;
 
 use iotlb_proto::sync::{AtomicBool, Ordering};
 use iotlbd::sim::wire::{BACKEND_IOTLB, HEADER_LEN, MessageHeader};
 
-use super::service::{ACK_LEN, IOTLB_LEN, answer};
+use super::service::{ACK_LEN, IOTLB_LEN, answer, round_trip, update};
+use super::{Outcome, time_ns};
+use crate::bench::peers::PAGE;
 use crate::processors::bind;
 
-/// Misses that come together whose UPDATEs are timed.
+/// Misses that come together.
 pub(super) const BATCH: usize = 32;
+/// How long the thread may take to be done with a miss after its answer has come.
+const SETTLES: Duration = Duration::from_micros(600);
 /// Misses read at once.
 const MISSES_MAX: usize = 2 * BATCH;
 
@@ -23,22 +26,31 @@ const MISSES_MAX: usize = 2 * BATCH;
 #[derive(Debug)]
 pub(super) struct FrontEnd {
     pipelines: Arc<AtomicBool>,
-    times: Receiver<f64>,
     thread: JoinHandle<()>,
+    main: UnixStream,
+    user_address: u64,
+    cpu: Option<usize>,
 }
 
 impl FrontEnd {
     /// Starts it on `cpu`.
-    pub(super) fn spawn(main: UnixStream, back_end: UnixStream, user_address: u64, cpu: Option<usize>) -> FrontEnd {
+    ///
+    /// # Errors
+    /// The system gives no descriptor for the same channel.
+    pub(super) fn spawn(
+        main: UnixStream,
+        back_end: UnixStream,
+        user_address: u64,
+        cpu: Option<usize>,
+    ) -> std::io::Result<FrontEnd> {
         let pipelines = Arc::new(AtomicBool::new(false));
-        let (sender, times) = channel();
-        let flag = Arc::clone(&pipelines);
+        let (flag, its_main) = (Arc::clone(&pipelines), main.try_clone()?);
         let thread = std::thread::spawn(move || {
             bind(cpu);
             // An Err is the end of the service.
-            let _ = answer_misses(&main, &back_end, user_address, &flag, &sender);
+            let _ = answer_misses(&its_main, &back_end, user_address, &flag);
         });
-        FrontEnd { pipelines, times, thread }
+        Ok(FrontEnd { pipelines, thread, main, user_address, cpu })
     }
 
     /// Whether from now on it sends the UPDATEs of all misses that came together, then waits for all acknowledgements.
@@ -47,14 +59,46 @@ impl FrontEnd {
         self.pipelines.store(pipelines, Ordering::Relaxed);
     }
 
-    /// Waits for its end. Returns how long the UPDATEs behind the first took each time that [`BATCH`] misses were
-    /// answered one by one, in nanoseconds.
+    /// Adds how long the UPDATEs behind the first of a batch take when nobody has asked for them, in nanoseconds: one
+    /// after the other, each of a page of its own, from `next` on. It is what such a front-end always needs, so it is
+    /// measured where no miss is in the way, but on the same processor, by a thread that waits as the front-end's.
+    ///
+    /// # Errors
+    /// The connection is over, or an UPDATE was refused.
+    pub(super) fn plain_updates(
+        &self,
+        times: &mut Vec<f64>,
+        batches: u64,
+        mut next: impl FnMut() -> u64 + Send,
+    ) -> Outcome {
+        let work = || -> std::io::Result<()> {
+            bind(self.cpu);
+            // An answer comes before the front-end has read the acknowledgement that belongs to it.
+            std::thread::sleep(SETTLES);
+            for batch in 0..=batches {
+                let iova = next();
+                let updates: Vec<_> = (0..BATCH as u64).map(|n| update(iova + n * PAGE, self.user_address)).collect();
+                // Without the first: that one is part of the miss.
+                round_trip(&self.main, &updates[0])?;
+                let (ns, done) = time_ns(|| updates[1..].iter().try_for_each(|update| round_trip(&self.main, update)));
+                done?;
+                // The other side had to wake up for the first batch.
+                if batch > 0 {
+                    times.push(ns);
+                }
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| scope.spawn(work).join()).map_err(|_| "the plain UPDATEs panicked")??;
+        Ok(())
+    }
+
+    /// Waits for its end.
     ///
     /// # Errors
     /// It panicked.
-    pub(super) fn join(self) -> Result<Vec<f64>, Box<dyn std::error::Error>> {
-        self.thread.join().map_err(|_| "the front-end panicked")?;
-        Ok(self.times.try_iter().collect())
+    pub(super) fn join(self) -> Outcome {
+        Ok(self.thread.join().map_err(|_| "the front-end panicked")?)
     }
 }
 
@@ -63,7 +107,6 @@ fn answer_misses(
     mut back_end: &UnixStream,
     user_address: u64,
     pipelines: &AtomicBool,
-    times: &Sender<f64>,
 ) -> std::io::Result<()> {
     let mut bytes = vec![0; MISSES_MAX * IOTLB_LEN];
     let mut filled = 0;
@@ -81,16 +124,9 @@ fn answer_misses(
             main.write_all(updates.as_flattened())?;
             main.read_exact(&mut acks[..updates.len() * ACK_LEN])?;
         } else {
-            let mut start = None;
             for update in &updates {
                 main.write_all(update)?;
                 main.read_exact(&mut acks[..ACK_LEN])?;
-                // Without the first: that one is part of the miss.
-                start.get_or_insert_with(Instant::now);
-            }
-            if let Some(start) = start.filter(|_| updates.len() == BATCH) {
-                // An Err means that nobody wants to know.
-                let _ = times.send(start.elapsed().as_secs_f64() * 1e9);
             }
         }
         // Only those that asked for one get a reply.

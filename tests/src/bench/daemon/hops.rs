@@ -1,7 +1,8 @@
 //! The bare chains that a miss is measured against: a word from the asker to the answerer, 44 bytes over a socket to a
 //! blocked thread, which makes an UPDATE of them as the front-end does, 44 bytes back, a word to the asker.
 //!
-//! In `Polling` the asker spins and the answerer polls and yields, for as long as it takes. Its front-end is the one
+//! In `Polling` the asker spins and the answerer polls, for as long as it takes, and yields as often as the daemon
+//! ([`rhythm`](super::rhythm)). Its front-end is the one
 //! that the daemon has, so UPDATEs are acknowledged, and it can be asked for many pages. In `Sleeping` nobody polls: an
 //! eventfd wakes the answerer up in `epoll_wait`, the socket the front-end in `read`, the socket the answerer in
 //! `epoll_wait`, a futex the asker, unless it is told to spin.
@@ -23,6 +24,7 @@ use rustix::thread::futex;
 
 use super::Outcome;
 use super::front_end::{BATCH, FrontEnd};
+use super::rhythm::Rhythm;
 use super::service::{ACK_LEN, IOTLB_LEN, answer, miss, update};
 use crate::processors::bind;
 
@@ -64,7 +66,7 @@ impl Polling {
         let shared = Arc::new(Words::default());
         let (main, their_main) = UnixStream::pair()?;
         let (back_end, their_back_end) = UnixStream::pair()?;
-        let front_end = FrontEnd::spawn(their_main, their_back_end, 0, cpu);
+        let front_end = FrontEnd::spawn(their_main, their_back_end, 0, cpu)?;
         let words = Arc::clone(&shared);
         let answerer = std::thread::spawn(move || {
             bind(cpu);
@@ -101,8 +103,16 @@ impl Polling {
         Ok(())
     }
 
-    /// Ends it; returns what [`FrontEnd::join`] does.
-    pub(super) fn end(self) -> Result<Vec<f64>, Box<dyn std::error::Error>> {
+    /// As [`FrontEnd::plain_updates`].
+    ///
+    /// # Errors
+    /// The answerer is gone.
+    pub(super) fn plain_updates(&self, times: &mut Vec<f64>, batches: u64) -> Outcome {
+        self.front_end.plain_updates(times, batches, || 0)
+    }
+
+    /// Ends it.
+    pub(super) fn end(self) -> Outcome {
         self.shared.state.0.store(END, Ordering::Relaxed);
         self.answerer.thread().unpark();
         self.answerer.join().map_err(|_| "the answerer panicked")?;
@@ -110,13 +120,14 @@ impl Polling {
     }
 }
 
-/// The answerer: a word in, messages out; a message in, a word out if it was the last, an acknowledgement out; yields
-/// in between.
+/// The answerer: a word in, messages out; a message in, a word out if it was the last that was asked for, an
+/// acknowledgement out; yields now and then while there is nothing.
 fn relay(words: &Words, mut main: &UnixStream, mut back_end: &UnixStream) -> std::io::Result<()> {
     let misses = [miss(); BATCH];
     let mut update = [0; IOTLB_LEN];
     // Pages asked for since the start, and how many of them have not come.
     let (mut taken, mut open) = (0, 0);
+    let mut rhythm = Rhythm::default();
     loop {
         match words.state.0.load(Ordering::Relaxed) {
             REST => {
@@ -131,19 +142,21 @@ fn relay(words: &Words, mut main: &UnixStream, mut back_end: &UnixStream) -> std
             open = BATCH.min(asked.wrapping_sub(taken) as usize);
             taken = asked;
             back_end.write_all(misses[..open].as_flattened())?;
+            rhythm.worked();
         }
         match recv(main, &mut update[..], RecvFlags::DONTWAIT) {
-            Ok((IOTLB_LEN, _)) if open > 0 => {
-                open -= 1;
-                if open == 0 {
+            Ok((IOTLB_LEN, _)) => {
+                // A plain UPDATE is one that nobody has asked for.
+                if open == 1 {
                     words.answered.0.store(taken, Ordering::Relaxed);
                 }
+                open = open.saturating_sub(1);
                 main.write_all(&[0; ACK_LEN])?;
+                rhythm.worked();
             }
-            Err(Errno::AGAIN) => {}
+            Err(Errno::AGAIN) => rhythm.idle(),
             _ => return Err(std::io::ErrorKind::UnexpectedEof.into()),
         }
-        std::thread::yield_now();
     }
 }
 

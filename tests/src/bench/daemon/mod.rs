@@ -7,6 +7,7 @@
 //! | [`miss`] | a miss from worker to worker against the sum of its hops; 32 cold pages |
 //! | [`front_end`] | a front-end that answers misses at once |
 //! | [`echo`] | the bare echo |
+//! | [`rhythm`] | how often peers that poll let others run |
 //! | [`hops`] | the bare chains that a miss is measured against |
 //! | [`drain`] | taking a page away while another process reads; looking at idle readers |
 //! | [`service`] | a daemon whose front-end is a pair of raw sockets |
@@ -20,6 +21,7 @@ pub mod front_end;
 pub mod hops;
 pub mod miss;
 pub mod place;
+pub mod rhythm;
 pub mod service;
 
 use super::report::Row;
