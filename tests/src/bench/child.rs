@@ -10,13 +10,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use iotlb_client::{AttachOptions, Attachment};
-use iotlb_proto::sync::{AtomicU32, Ordering};
+use iotlb_proto::sync::{AtomicU32, AtomicU64, Ordering};
 use iotlbd::server::{DeviceKind, FrontEndSource, Server, ServerConfig};
 
 use super::groups::{hit, visits};
 use super::rig;
+use crate::processors::bind;
 
-/// First argument of a neighbour; the control socket and the number of entries follow.
+/// First argument of a neighbour; the control socket, the number of entries and its processor follow.
 const NEIGHBOUR: &str = "--as-neighbour";
 /// First argument of a daemon; its folder follows.
 const DAEMON: &str = "--as-daemon";
@@ -29,6 +30,10 @@ pub mod order {
     pub const LOOKUPS: u8 = b'l';
     /// Load one line, again and again.
     pub const LOADS: u8 = b'1';
+    /// Look up in pinned bursts, in a table whose pages come and go.
+    pub const CHANGING: u8 = b'c';
+    /// Go on, and say how many operations there were so far.
+    pub const COUNT: u8 = b'n';
 }
 
 /// Operations between two looks at the orders.
@@ -43,13 +48,14 @@ pub struct Helper {
 }
 
 impl Helper {
-    /// A worker that attaches to `control`, and can do the lookups of this benchmark on `entries` entries.
+    /// A worker on `cpu` that attaches to `control`, and can do the lookups of this benchmark on `entries` entries.
     ///
     /// # Errors
     /// It does not start.
-    pub fn neighbour(control: &Path, entries: u64) -> std::io::Result<Helper> {
+    pub fn neighbour(control: &Path, entries: u64, cpu: Option<usize>) -> std::io::Result<Helper> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg(NEIGHBOUR).arg(control).arg(entries.to_string());
+        command.args(cpu.map(|cpu| cpu.to_string()));
         Helper::start(command)
     }
 
@@ -79,6 +85,17 @@ impl Helper {
     pub fn order(&mut self, order: u8) -> std::io::Result<()> {
         self.orders.as_mut().ok_or(std::io::ErrorKind::BrokenPipe)?.write_all(&[order])?;
         self.answer()
+    }
+
+    /// How many operations a neighbour has done so far.
+    ///
+    /// # Errors
+    /// The process has ended.
+    pub fn count(&mut self) -> std::io::Result<u64> {
+        self.order(order::COUNT)?;
+        let mut count = [0; 8];
+        self.answers.read_exact(&mut count)?;
+        Ok(u64::from_ne_bytes(count))
     }
 
     /// Its process number.
@@ -120,7 +137,8 @@ pub fn run_if_child() -> Option<Result<(), Box<dyn std::error::Error>>> {
     match (kind.as_str(), place) {
         (NEIGHBOUR, Some(control)) => {
             let entries = arguments.next().and_then(|text| text.parse().ok()).unwrap_or(1);
-            Some(neighbour(Path::new(&control), entries))
+            let cpu = arguments.next().and_then(|text| text.parse().ok());
+            Some(neighbour(Path::new(&control), entries, cpu))
         }
         (DAEMON, Some(folder)) => Some(daemon(Path::new(&folder))),
         _ => None,
@@ -128,13 +146,18 @@ pub fn run_if_child() -> Option<Result<(), Box<dyn std::error::Error>>> {
 }
 
 fn say_ready() -> std::io::Result<()> {
+    say(b".")
+}
+
+fn say(bytes: &[u8]) -> std::io::Result<()> {
     let mut out = std::io::stdout();
-    out.write_all(b".")?;
+    out.write_all(bytes)?;
     out.flush()
 }
 
-fn neighbour(control: &Path, entries: u64) -> Result<(), Box<dyn std::error::Error>> {
+fn neighbour(control: &Path, entries: u64, cpu: Option<usize>) -> Result<(), Box<dyn std::error::Error>> {
     static WANTED: AtomicU32 = AtomicU32::new(order::REST as u32);
+    static DONE: AtomicU64 = AtomicU64::new(0);
     let worker =
         Attachment::connect(control, &AttachOptions { label: "neighbour".into(), ..AttachOptions::default() })?;
     let visits = visits(&rig::pages(entries));
@@ -144,7 +167,12 @@ fn neighbour(control: &Path, entries: u64) -> Result<(), Box<dyn std::error::Err
         let mut order = [0];
         say_ready()?;
         while stdin.read_exact(&mut order).is_ok() {
-            // Relaxed: nothing comes with it.
+            // Relaxed: nothing comes with it; here and below.
+            if order[0] == order::COUNT {
+                say_ready()?;
+                say(&DONE.load(Ordering::Relaxed).to_ne_bytes())?;
+                continue;
+            }
             WANTED.store(u32::from(order[0]), Ordering::Relaxed);
             load.unpark();
             say_ready()?;
@@ -153,16 +181,23 @@ fn neighbour(control: &Path, entries: u64) -> Result<(), Box<dyn std::error::Err
         load.unpark();
         std::io::Result::Ok(())
     });
+    // Only now: the threads that are there already may be wherever there is room.
+    bind(cpu);
     let reader = worker.reader()?;
     let mut at = 0;
     loop {
         // Relaxed, as in the other thread. What is no order ends the process.
         match u8::try_from(WANTED.load(Ordering::Relaxed)).unwrap_or(0) {
             order::LOOKUPS => at = hit::bursts(&reader, &visits, at, STRETCH),
+            order::CHANGING => at = hit::changing_bursts(&reader, &visits, at, STRETCH),
             order::LOADS => hit::l1_chain(STRETCH),
-            order::REST => std::thread::park(),
+            order::REST => {
+                std::thread::park();
+                continue;
+            }
             _ => break,
         }
+        DONE.fetch_add(STRETCH, Ordering::Relaxed);
     }
     orders.join().map_err(|_| "the thread that takes orders")??;
     Ok(())

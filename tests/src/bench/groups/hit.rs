@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 
-use iotlb_client::{Access, Reader};
+use iotlb_client::{Access, Fault, Reader};
 use iotlb_proto::sync::{AtomicU64, Ordering};
 
 use super::{ACCESS_LEN, BURST, Outcome, Run, visits};
@@ -174,7 +174,17 @@ fn assert_hit(reader: &Reader, pages: &[Page]) {
 }
 
 /// `count` lookups in pinned bursts, from visit `at` on; returns where it stopped.
-pub fn bursts(reader: &Reader, visits: &[u64], mut at: usize, count: u64) -> usize {
+pub fn bursts(reader: &Reader, visits: &[u64], at: usize, count: u64) -> usize {
+    bursts_or(reader, visits, at, count, |fault| panic!("a miss among hits: {fault}"))
+}
+
+/// As [`bursts`], where pages come and go meanwhile.
+pub fn changing_bursts(reader: &Reader, visits: &[u64], at: usize, count: u64) -> usize {
+    bursts_or(reader, visits, at, count, |_| 0)
+}
+
+#[inline(always)]
+fn bursts_or(reader: &Reader, visits: &[u64], mut at: usize, count: u64, missed: impl Fn(Fault) -> usize) -> usize {
     let mask = visits.len() - 1;
     let mut left = count;
     let mut sum = 0_usize;
@@ -184,12 +194,10 @@ pub fn bursts(reader: &Reader, visits: &[u64], mut at: usize, count: u64) -> usi
         for _ in 0..burst {
             let iova = visits[at & mask];
             at += 1;
-            match guard.translate(iova, ACCESS_LEN, Access::READ) {
-                Ok(mut segments) => {
-                    sum = sum.wrapping_add(segments.next().map_or(0, |segment| segment.as_ptr().addr()));
-                }
-                Err(fault) => panic!("a miss among hits: {fault}"),
-            }
+            sum = sum.wrapping_add(match guard.translate(iova, ACCESS_LEN, Access::READ) {
+                Ok(mut segments) => segments.next().map_or(0, |segment| segment.as_ptr().addr()),
+                Err(fault) => missed(fault),
+            });
         }
         left -= burst;
     }
