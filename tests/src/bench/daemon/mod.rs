@@ -9,12 +9,15 @@
 //! | [`echo`] | the bare echo |
 //! | [`rhythm`] | how often peers that poll let others run |
 //! | [`hops`] | the bare chains that a miss is measured against |
-//! | [`drain`] | taking a page away while another process reads; looking at idle readers |
+//! | [`drain`] | taking a page away while another process reads |
+//! | [`scan`] | looking at readers, idle and at work |
+//! | [`by_hand`] | a daemon made of its parts, whose table the benchmark writes |
 //! | [`service`] | a daemon whose front-end is a pair of raw sockets |
 //! | [`place`] | which thread runs where |
 
 pub mod ack;
 pub mod busy;
+pub mod by_hand;
 pub mod drain;
 pub mod echo;
 pub mod front_end;
@@ -22,6 +25,7 @@ pub mod hops;
 pub mod miss;
 pub mod place;
 pub mod rhythm;
+pub mod scan;
 pub mod service;
 
 use super::report::Row;
@@ -35,13 +39,13 @@ pub type Outcome = Result<(), Box<dyn std::error::Error>>;
 /// # Errors
 /// Something does not start, or a daemon answers what it should not.
 pub fn rows(rows: &mut Vec<Row>) -> Outcome {
-    drain::reader_if_child()?;
     let place = place::Place::find();
     let former = processors::current();
     let result = ack::rows(rows, &place, &former)
         .and_then(|()| miss::rows(rows, &place, &former))
         .and_then(|()| busy::rows(rows, &place, &former))
-        .and_then(|()| drain::rows(rows, &place));
+        .and_then(|()| drain::rows(rows, &place))
+        .and_then(|()| scan::rows(rows, &place));
     // What is measured after this runs where it likes.
     processors::restore(&former);
     result
