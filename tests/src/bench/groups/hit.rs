@@ -185,21 +185,16 @@ pub fn changing_bursts(reader: &Reader, visits: &[u64], at: usize, count: u64) -
 
 #[inline(always)]
 fn bursts_or(reader: &Reader, visits: &[u64], mut at: usize, count: u64, missed: impl Fn(Fault) -> usize) -> usize {
-    let mask = visits.len() - 1;
     let mut left = count;
     let mut sum = 0_usize;
     while left > 0 {
-        let burst = left.min(BURST);
         let guard = reader.pin().expect("the daemon lives");
-        for _ in 0..burst {
-            let iova = visits[at & mask];
-            at += 1;
+        for &iova in next(visits, &mut at, &mut left, BURST) {
             sum = sum.wrapping_add(match guard.translate(iova, ACCESS_LEN, Access::READ) {
                 Ok(mut segments) => segments.next().map_or(0, |segment| segment.as_ptr().addr()),
                 Err(fault) => missed(fault),
             });
         }
-        left -= burst;
     }
     black_box(sum);
     at
@@ -207,51 +202,62 @@ fn bursts_or(reader: &Reader, visits: &[u64], mut at: usize, count: u64, missed:
 
 /// As [`bursts`], but each address is known only when the lookup before it is done.
 fn dependent(reader: &Reader, visits: &[u64], mut at: usize, count: u64) -> usize {
-    let mask = visits.len() - 1;
     let mut left = count;
     let mut last = 0_u64;
     while left > 0 {
-        let burst = left.min(BURST);
         let guard = reader.pin().expect("the daemon lives");
-        for _ in 0..burst {
+        for &iova in next(visits, &mut at, &mut left, BURST) {
             // Adds 0, but only we know that: pointers to user memory have no bit 63.
-            let iova = visits[at & mask] + (last >> 63);
-            at += 1;
+            let iova = iova + (last >> 63);
             let mut found = guard.translate(iova, ACCESS_LEN, Access::READ).expect("a hit");
             last = found.next().map_or(0, |segment| segment.as_ptr().addr() as u64);
         }
-        left -= burst;
     }
     black_box(last);
     at
 }
 
 fn each(visits: &[u64], mut at: usize, count: u64, lookup: impl Fn(u64) -> u64) -> usize {
-    let mask = visits.len() - 1;
+    let mut left = count;
     let mut sum = 0_u64;
-    for _ in 0..count {
-        sum = sum.wrapping_add(lookup(visits[at & mask]));
-        at += 1;
+    while left > 0 {
+        for &iova in next(visits, &mut at, &mut left, BURST) {
+            sum = sum.wrapping_add(lookup(iova));
+        }
     }
     black_box(sum);
     at
 }
 
 fn vm_memory_bursts(peer: &VmMemory, visits: &[u64], mut at: usize, count: u64) -> usize {
-    let mask = visits.len() - 1;
     let mut left = count;
     let mut sum = 0_u64;
     while left > 0 {
-        let burst = left.min(BURST);
         let guard = peer.0.read().expect("nobody panics with it");
-        for _ in 0..burst {
-            sum = sum.wrapping_add(peers::lookup(&guard, visits[at & mask], 64));
-            at += 1;
+        for &iova in next(visits, &mut at, &mut left, BURST) {
+            sum = sum.wrapping_add(peers::lookup(&guard, iova, 64));
         }
-        left -= burst;
     }
     black_box(sum);
     at
+}
+
+/// The next visits, at most `most` and at most `left`, which they are taken from; behind the last comes the first. They
+/// are one slice, so that to go from one to the next costs next to nothing: it is no part of a lookup.
+#[inline(always)]
+fn next<'a>(visits: &'a [u64], at: &mut usize, left: &mut u64, most: u64) -> &'a [u64] {
+    let rest = match visits.get(*at..) {
+        Some(rest) if !rest.is_empty() => rest,
+        _ => {
+            assert!(!visits.is_empty(), "nothing to visit");
+            *at = 0;
+            visits
+        }
+    };
+    let len = rest.len().min(usize::try_from(most.min(*left)).unwrap_or(usize::MAX));
+    *at += len;
+    *left -= len as u64;
+    &rest[..len]
 }
 
 /// Leads to itself.
