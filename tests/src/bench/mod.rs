@@ -9,11 +9,13 @@
 //! - [`daemon`]: what the daemon answers, and how fast.
 //! - [`rig`]: a real daemon, a simulated front-end and an attached worker.
 //! - [`session`]: a device behind a stream, without the loop around it.
-//! - [`child`]: the benchmark program started once more, as a neighbour or as a daemon.
+//! - [`child`]: the benchmark program started once more, as a neighbour, a daemon or a worker.
+//! - [`eviction`]: caches emptied of what is to be cold.
 
 pub mod chart;
 pub mod child;
 pub mod daemon;
+pub mod eviction;
 pub mod groups;
 pub mod hardware;
 pub mod measure;
