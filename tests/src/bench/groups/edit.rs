@@ -91,7 +91,7 @@ fn many_entries(run: &mut Run) -> Outcome {
     let (Some(first), Some(last)) = (pages.first(), pages.last()) else { return Ok(()) };
     // Ragged: the outermost entries stay, so no level above can be dropped whole.
     let inner = IovaRange::new(first.iova + PAGE, last.iova - 1).ok_or("a range")?;
-    let (mut fill, mut all, mut ragged, mut targets) = (vec![], vec![], vec![], vec![]);
+    let (mut fill, mut all, mut ragged, mut refill, mut targets) = (vec![], vec![], vec![], vec![], vec![]);
     let (mut all_slice, mut targets_slice) = (vec![], vec![]);
     let count = pages.len();
     for _ in 0..run.rounds().min(5) {
@@ -111,6 +111,9 @@ fn many_entries(run: &mut Run) -> Outcome {
             true
         });
         ragged.push(per(inside.sum, count));
+        let start = thread_time();
+        insert(&mut writer, &pages)?;
+        refill.push(per(thread_time().saturating_sub(start), count));
         let mut writer = filled(&pages)?;
         let mut removal = TargetRemoval::new(0, u64::MAX);
         let region = slices(&mut writer, |writer| {
@@ -125,6 +128,8 @@ fn many_entries(run: &mut Run) -> Outcome {
         run.rows.push(Row::new(name, "ns", ours, 1.0, "1 ns an entry", target));
     };
     push("insert in order of address", median(fill), Target::None);
+    // Here is what clearing the nodes costs that a removal leaves as they are.
+    push("insert again, nodes used before", median(refill), Target::None);
     push("remove all", median(all), Target::CostsAtMost(2.0));
     push("remove a range with ragged edges", median(ragged), Target::CostsAtMost(2.0));
     push("remove by target (a region goes)", median(targets), Target::CostsAtMost(2.0));
@@ -173,10 +178,15 @@ fn page_range(page: &Page) -> IovaRange {
 /// A table with these pages, as the daemon writes it.
 fn filled(pages: &[Page]) -> Result<TableWriter, Box<dyn std::error::Error>> {
     let (mut writer, _fd) = TableWriter::create(&TableConfig { size: TABLE_SIZE, generation: 1 })?;
+    insert(&mut writer, pages)?;
+    Ok(writer)
+}
+
+fn insert(writer: &mut TableWriter, pages: &[Page]) -> Outcome {
     for page in pages {
         writer.insert(page_range(page), page.target, Access::READ_WRITE)?;
     }
-    Ok(writer)
+    Ok(())
 }
 
 fn per(time: Duration, operations: usize) -> f64 {
