@@ -8,6 +8,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use iotlb_client::{AttachOptions, Attachment};
 use iotlb_proto::sync::{AtomicU32, AtomicU64, Ordering};
@@ -21,6 +22,8 @@ use crate::processors::bind;
 const NEIGHBOUR: &str = "--as-neighbour";
 /// First argument of a daemon; its folder follows.
 const DAEMON: &str = "--as-daemon";
+/// First argument of a worker that only attaches; the control socket follows.
+const WORKER: &str = "--as-worker";
 
 /// Orders to a neighbour.
 pub mod order {
@@ -36,6 +39,10 @@ pub mod order {
     pub const COUNT: u8 = b'n';
 }
 
+/// Longest a worker may take to map guest memory, in milliseconds.
+const MAPS_MS: u32 = 10_000;
+/// Longest that a neighbour may wait for its processor.
+pub const TURN: Duration = Duration::from_secs(10);
 /// Operations between two looks at the orders.
 const STRETCH: u64 = 4_096;
 
@@ -69,6 +76,16 @@ impl Helper {
         Helper::start(command)
     }
 
+    /// A worker that attaches to `control`, and has a reader, at the first order; whatever that is.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn worker(control: &Path) -> std::io::Result<Helper> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg(WORKER).arg(control);
+        Helper::start(command)
+    }
+
     fn start(mut command: Command) -> std::io::Result<Helper> {
         let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let orders = process.stdin.take();
@@ -85,6 +102,22 @@ impl Helper {
     pub fn order(&mut self, order: u8) -> std::io::Result<()> {
         self.orders.as_mut().ok_or(std::io::ErrorKind::BrokenPipe)?.write_all(&[order])?;
         self.answer()
+    }
+
+    /// Gives a neighbour an order to work, and waits until it does: on a busy machine its processor may be another's.
+    ///
+    /// # Errors
+    /// The process has ended, or got no turn for [`TURN`].
+    pub fn set_to_work(&mut self, order: u8) -> std::io::Result<()> {
+        let before = self.count()?;
+        self.order(order)?;
+        let until = Instant::now() + TURN;
+        while self.count()? == before {
+            if Instant::now() >= until {
+                return Err(std::io::ErrorKind::TimedOut.into());
+            }
+        }
+        Ok(())
     }
 
     /// How many operations a neighbour has done so far.
@@ -141,6 +174,7 @@ pub fn run_if_child() -> Option<Result<(), Box<dyn std::error::Error>>> {
             Some(neighbour(Path::new(&control), entries, cpu))
         }
         (DAEMON, Some(folder)) => Some(daemon(Path::new(&folder))),
+        (WORKER, Some(control)) => Some(worker(Path::new(&control))),
         _ => None,
     }
 }
@@ -200,6 +234,22 @@ fn neighbour(control: &Path, entries: u64, cpu: Option<usize>) -> Result<(), Box
         DONE.fetch_add(STRETCH, Ordering::Relaxed);
     }
     orders.join().map_err(|_| "the thread that takes orders")??;
+    Ok(())
+}
+
+fn worker(control: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    let mut stdin = std::io::stdin().lock();
+    // What the process takes before it is a worker can be looked at now.
+    say_ready()?;
+    stdin.read_exact(&mut [0])?;
+    let worker = Attachment::connect(control, &AttachOptions::default())?;
+    let mut reader = worker.reader()?;
+    if !reader.wait_mapped(MAPS_MS) {
+        return Err("guest memory was not mapped in time".into());
+    }
+    say_ready()?;
+    // Until the parent has looked.
+    let _ = stdin.read(&mut [0])?;
     Ok(())
 }
 
