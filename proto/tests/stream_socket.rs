@@ -43,6 +43,11 @@ fn update() -> Vec<u8> {
     encode(&Request::Iotlb(message), true).expect("encodes").bytes
 }
 
+/// A message that comes with a descriptor.
+fn kick() -> Vec<u8> {
+    encode(&Request::SetVringKick(VringFd { index: 1, fd: Some(null()) }), false).expect("encodes").bytes
+}
+
 /// Bytes that were not taken yet.
 fn unread(stream: &MessageStream) -> usize {
     usize::try_from(rustix::io::ioctl_fionread(stream).expect("a socket")).expect("few")
@@ -205,8 +210,7 @@ fn answered_messages_stay_in_the_socket_until_they_are_put_away() {
     let most = (0..100).map(|_| receive(&mut stream)).max();
     assert!(most.is_some_and(|bytes| bytes > 3 * length && bytes <= 32 * length), "{most:?}");
     // Descriptors come with what follows: it is found all the same.
-    let (message, null) = (update(), null());
-    send_raw(&peer, &message, &[null.as_fd()]);
+    send_raw(&peer, &kick(), &[null().as_fd()]);
     assert!(matches!(stream.receive(), Ok(Received::Message { fds, .. }) if fds.len() == 1));
     peer.write_all(&update()).expect("sent");
     assert!(matches!(stream.receive(), Ok(Received::Message { .. })));
@@ -233,7 +237,7 @@ fn what_follows_descriptors_in_one_piece_is_not_skipped() {
     let (mut stream, peer) = pair();
     let null = null();
     for round in 0..3 {
-        let three = [update(), update(), update()].concat();
+        let three = [kick(), update(), update()].concat();
         send_raw(&peer, &update(), &[]);
         send_raw(&peer, &three, &[null.as_fd()]);
         send_raw(&peer, &update(), &[]);
@@ -319,18 +323,35 @@ fn the_longest_payload_and_the_most_descriptors_are_taken() {
     assert!(fds.iter().all(is_close_on_exec));
 }
 
+/// IOTLB messages have no descriptors, so nobody looks for any.
+#[test]
+fn a_descriptor_with_an_iotlb_message_is_closed_when_that_is_taken() {
+    let (mut stream, peer) = pair();
+    let (mut reader, writer) = std::io::pipe().expect("a pipe");
+    send_raw(&peer, &update(), &[writer.as_fd()]);
+    drop(writer);
+    for _ in 0..2 {
+        assert!(matches!(stream.receive(), Ok(Received::Message { fds, .. }) if fds.is_empty()));
+        send_raw(&peer, &update(), &[]);
+    }
+    stream.put_away().expect("taken");
+    assert_eq!(reader.read(&mut [0]).expect("the end"), 0, "nobody has the other end");
+    assert!(matches!(stream.receive(), Ok(Received::Message { .. })));
+    would_block(&mut stream);
+}
+
 #[test]
 fn too_many_descriptors_break_the_stream() {
     let fd = null();
     for count in [FDS_MAX + 1, 60, 61, 200, 253] {
         let (mut stream, peer) = pair();
-        send_raw(&peer, &update(), &vec![fd.as_fd(); count]);
+        send_raw(&peer, &kick(), &vec![fd.as_fd(); count]);
         assert!(matches!(stream.receive(), Err(StreamError::TooManyDescriptors { count }) if count > FDS_MAX));
         assert!(matches!(stream.receive(), Err(StreamError::Broken)));
     }
     // One byte at a time, each with a few.
     let (mut stream, peer) = pair();
-    for byte in &update()[..5] {
+    for byte in &kick()[..5] {
         send_raw(&peer, &[*byte], &[fd.as_fd(); 8]);
     }
     assert!(matches!(stream.receive(), Err(StreamError::TooManyDescriptors { count: 40 })));
@@ -476,7 +497,7 @@ fn flags_of_the_shared_description_do_not_matter() {
     would_block(&mut stream);
     nix::sys::socket::setsockopt(&meddler, nix::sys::socket::sockopt::PassCred, &true).expect("SO_PASSCRED");
     let fd = null();
-    send_raw(&peer, &update(), &[fd.as_fd(); FDS_MAX]);
+    send_raw(&peer, &kick(), &[fd.as_fd(); FDS_MAX]);
     let Ok(Received::Message { fds, .. }) = stream.receive() else { panic!("not taken") };
     assert_eq!(fds.len(), FDS_MAX);
 }
