@@ -4,11 +4,12 @@
 //! present message: first the header, then exactly as much payload as it announces. Whatever descriptors arrive with
 //! any of these bytes are the message's.
 //!
-//! Small messages without descriptors, which is nearly all of them for hours, go another way: the socket's content is
-//! looked at without being taken (`glance`), handed out message by message, and taken when much has come together, or
-//! when the caller says so ([`MessageStream::put_away`]). That is less work, and the answer can be sent *before* the
+//! IOTLB messages and the replies to them, which is nearly all there is for hours, go another way: the socket's content
+//! is looked at without being taken (`glance`), handed out message by message, and taken when much has come together,
+//! or when the caller says so ([`MessageStream::put_away`]). That is less work, and the answer can be sent *before* the
 //! question is taken: to take bytes out of a Unix socket wakes up a peer that sleeps on it, as there is room now, and a
-//! peer that waits for an answer would wake up in vain.
+//! peer that waits for an answer would wake up in vain. These messages have no descriptors; one that comes along is
+//! closed.
 //!
 //! Messages out are sent at once, or put together ([`MessageStream::put`]) and sent in one go: to wake up a peer costs
 //! more than to send it another message.
@@ -245,7 +246,7 @@ impl MessageStream {
         self.receive_exactly()
     }
 
-    /// A message that is large, in pieces or has descriptors.
+    /// A message that is large, in pieces or may have descriptors.
     fn receive_exactly(&mut self) -> Result<Received, StreamError> {
         let partial = &mut self.partial;
         loop {
