@@ -16,6 +16,7 @@
 //! | [`control`] | the messages between daemon and workers |
 //! | [`socket`] | descriptor-safe sockets |
 //! | [`liveness`] | the word that tells every worker that the daemon has died |
+//! | [`signals`] | the signals that end a program |
 
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("iotlb-proto needs a 64-bit target: table words are 64 bits and arenas are large");
@@ -35,6 +36,8 @@ pub mod control;
 pub mod liveness;
 #[cfg(not(loom))]
 pub mod shm;
+#[cfg(not(loom))]
+pub mod signals;
 #[cfg(not(loom))]
 pub mod socket;
 #[cfg(not(loom))]

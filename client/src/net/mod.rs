@@ -23,7 +23,6 @@ pub mod lane;
 pub mod options;
 pub mod pair;
 pub mod rx;
-mod signals;
 pub mod tap;
 pub mod tx;
 pub mod worker;

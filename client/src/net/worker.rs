@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use iotlb_proto::signals::stop_set;
 use iotlb_proto::sync::Ordering;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -14,7 +15,6 @@ use super::echo::Echo;
 use super::lane::{Lane, Lost};
 use super::options::{Options, OptionsError, PairPlan};
 use super::pair::{Next, Pair, PairError, Port};
-use super::signals::stop_set;
 use super::tap::{Tap, TapError};
 use crate::{AttachError, AttachOptions, Attachment, ClaimError, ReaderError};
 

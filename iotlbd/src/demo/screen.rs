@@ -4,12 +4,12 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use iotlb_proto::signals::stop_set;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 
 use super::view::{Snapshot, Theme, draw};
-use crate::server::signals::stop_set;
 use crate::sim::channel::poll_fds;
 
 /// The terminal in raw mode on its alternate screen. Dropping it gives it back; so does a panic.

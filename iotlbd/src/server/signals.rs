@@ -4,10 +4,10 @@
 //! `nohup`, or a script of what it puts in the background, that they are not for it.
 
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 
-use nix::sys::signal::{SigSet, Signal};
+use iotlb_proto::signals::stop_set;
+use nix::sys::signal::Signal;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 /// What one signal is in its descriptor, in bytes. Its number comes first, in four.
@@ -26,29 +26,6 @@ pub fn stop_signals() -> io::Result<OwnedFd> {
     let fd = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
     // SignalFd has no way to give up its descriptor, and a duplicate reads the same signals.
     fd.as_fd().try_clone_to_owned()
-}
-
-/// The signals that end this program. An ignored one must not be among them: once it is blocked, a descriptor reports
-/// it like any other.
-pub(crate) fn stop_set() -> SigSet {
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGTERM);
-    signals.add(Signal::SIGINT);
-    for signal in [Signal::SIGHUP, Signal::SIGQUIT] {
-        if !is_ignored(signal) {
-            signals.add(signal);
-        }
-    }
-    signals
-}
-
-fn is_ignored(signal: Signal) -> bool {
-    let mut action = MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: without a new action the call changes nothing and only writes the present one to the address given;
-    // `action` is one, and outlives the call.
-    let asked = unsafe { libc::sigaction(signal as libc::c_int, std::ptr::null(), action.as_mut_ptr()) };
-    // SAFETY: the call succeeded, so all of it was written.
-    asked == 0 && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
 }
 
 /// Takes what is there out of the stop descriptor, so that what comes next is seen. Returns whether it counts as being

@@ -9,7 +9,7 @@
 
 use std::mem::{offset_of, size_of};
 
-use super::{Identity, LINE};
+use super::Identity;
 use crate::sync::AtomicU64;
 
 /// `"iotlbTBL"`, little endian.
@@ -189,7 +189,7 @@ pub const SHAPE: [usize; 14] = [
 
 #[cfg(not(loom))]
 const _: () = {
-    assert!(size_of::<Identity>() == LINE);
+    assert!(size_of::<Identity>() == super::LINE);
     assert!(offset_of!(Identity, magic) == 0);
     assert!(offset_of!(Identity, version) == 8);
     assert!(offset_of!(Identity, layout_hash) == 16);
@@ -197,14 +197,14 @@ const _: () = {
     assert!(offset_of!(Identity, element_count) == 32);
     assert!(offset_of!(Identity, generation) == 40);
     assert!(size_of::<TableHeader>() == 640);
-    assert!(offset_of!(TableHeader, epoch) == LINE);
+    assert!(offset_of!(TableHeader, epoch) == super::LINE);
     assert!(offset_of!(TableHeader, state) == 256);
     assert!(offset_of!(State, removal_generation) == 16);
     assert!(offset_of!(TableHeader, roots) == 384);
     assert!(offset_of!(Roots, side) == 8);
     assert!(offset_of!(TableHeader, wake) == 512);
     assert!(offset_of!(Wake, writer_sleeps) == 8);
-    assert!(size_of::<QueueRecordWords>() == LINE);
+    assert!(size_of::<QueueRecordWords>() == super::LINE);
     assert!(offset_of!(QueueRecordWords, session_generation) == 56);
     assert!(size_of::<SideEntry>() == 24);
     assert!(size_of::<SideCopy>() == 8192);

@@ -5,8 +5,8 @@
 
 use std::mem::{offset_of, size_of};
 
+use super::Identity;
 use super::table::{Line, QUEUE_CAPACITY};
-use super::{Identity, LINE};
 use crate::sync::{AtomicU32, AtomicU64};
 
 /// `"iotlbWRK"`, little endian.
@@ -115,7 +115,7 @@ const _: () = {
     assert!(offset_of!(MissCell, request) == 8);
     assert!(offset_of!(MissCell, state) == 16);
     assert!(offset_of!(MissCell, sleeping) == 20);
-    assert!(offset_of!(WorkerSegmentLayout, slots_high_water) == LINE);
+    assert!(offset_of!(WorkerSegmentLayout, slots_high_water) == super::LINE);
     assert!(offset_of!(WorkerSegmentLayout, posted) == 256);
     assert!(offset_of!(WorkerSegmentLayout, counters) == 384);
     assert!(offset_of!(WorkerSegmentLayout, slots) == 512);

@@ -1,4 +1,4 @@
-//! The signals that end the worker.
+//! The signals that end a program of ours, the same for the daemon, its demo and the reference worker.
 
 use std::mem::MaybeUninit;
 
@@ -6,7 +6,8 @@ use nix::sys::signal::{SigSet, Signal};
 
 /// SIGTERM and SIGINT; SIGHUP and SIGQUIT unless they are ignored, as `nohup` has it, or a script for what it puts in
 /// the background. An ignored one must not be in the set: once it is blocked, a descriptor reports it like any other.
-pub(super) fn stop_set() -> SigSet {
+#[must_use]
+pub fn stop_set() -> SigSet {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
