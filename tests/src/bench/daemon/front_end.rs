@@ -3,9 +3,8 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use iotlb_proto::sync::{AtomicBool, Ordering};
 use iotlbd::sim::wire::{BACKEND_IOTLB, HEADER_LEN, MessageHeader};
@@ -17,8 +16,6 @@ use crate::processors::bind;
 
 /// Misses that come together.
 pub(super) const BATCH: usize = 32;
-/// How long the thread may take to be done with a miss after its answer has come.
-const SETTLES: Duration = Duration::from_micros(600);
 /// Misses read at once.
 const MISSES_MAX: usize = 2 * BATCH;
 
@@ -27,30 +24,24 @@ const MISSES_MAX: usize = 2 * BATCH;
 pub(super) struct FrontEnd {
     pipelines: Arc<AtomicBool>,
     thread: JoinHandle<()>,
-    main: UnixStream,
+    /// Held from an UPDATE to its acknowledgement.
+    main: Arc<Mutex<UnixStream>>,
     user_address: u64,
     cpu: Option<usize>,
 }
 
 impl FrontEnd {
     /// Starts it on `cpu`.
-    ///
-    /// # Errors
-    /// The system gives no descriptor for the same channel.
-    pub(super) fn spawn(
-        main: UnixStream,
-        back_end: UnixStream,
-        user_address: u64,
-        cpu: Option<usize>,
-    ) -> std::io::Result<FrontEnd> {
+    pub(super) fn spawn(main: UnixStream, back_end: UnixStream, user_address: u64, cpu: Option<usize>) -> FrontEnd {
         let pipelines = Arc::new(AtomicBool::new(false));
-        let (flag, its_main) = (Arc::clone(&pipelines), main.try_clone()?);
+        let main = Arc::new(Mutex::new(main));
+        let (flag, its_main) = (Arc::clone(&pipelines), Arc::clone(&main));
         let thread = std::thread::spawn(move || {
             bind(cpu);
             // An Err is the end of the service.
             let _ = answer_misses(&its_main, &back_end, user_address, &flag);
         });
-        Ok(FrontEnd { pipelines, thread, main, user_address, cpu })
+        FrontEnd { pipelines, thread, main, user_address, cpu }
     }
 
     /// Whether from now on it sends the UPDATEs of all misses that came together, then waits for all acknowledgements.
@@ -74,13 +65,13 @@ impl FrontEnd {
         let work = || -> std::io::Result<()> {
             bind(self.cpu);
             // An answer comes before the front-end has read the acknowledgement that belongs to it.
-            std::thread::sleep(SETTLES);
+            let main = self.main.lock().unwrap_or_else(PoisonError::into_inner);
             for batch in 0..=batches {
                 let iova = next();
                 let updates: Vec<_> = (0..BATCH as u64).map(|n| update(iova + n * PAGE, self.user_address)).collect();
                 // Without the first: that one is part of the miss.
-                round_trip(&self.main, &updates[0])?;
-                let (ns, done) = time_ns(|| updates[1..].iter().try_for_each(|update| round_trip(&self.main, update)));
+                round_trip(&main, &updates[0])?;
+                let (ns, done) = time_ns(|| updates[1..].iter().try_for_each(|update| round_trip(&main, update)));
                 done?;
                 // The other side had to wake up for the first batch.
                 if batch > 0 {
@@ -103,7 +94,7 @@ impl FrontEnd {
 }
 
 fn answer_misses(
-    mut main: &UnixStream,
+    main: &Mutex<UnixStream>,
     mut back_end: &UnixStream,
     user_address: u64,
     pipelines: &AtomicBool,
@@ -120,6 +111,7 @@ fn answer_misses(
         let (misses, _) = bytes[..filled].as_chunks::<IOTLB_LEN>();
         updates.clear();
         updates.extend(misses.iter().filter_map(|miss| answer(miss, user_address)));
+        let mut main = main.lock().unwrap_or_else(PoisonError::into_inner);
         if pipelines.load(Ordering::Relaxed) {
             main.write_all(updates.as_flattened())?;
             main.read_exact(&mut acks[..updates.len() * ACK_LEN])?;
@@ -129,6 +121,7 @@ fn answer_misses(
                 main.read_exact(&mut acks[..ACK_LEN])?;
             }
         }
+        drop(main);
         // Only those that asked for one get a reply.
         let asked = misses.iter().filter(|miss| needs_reply(&miss[..])).count();
         let whole = misses.len() * IOTLB_LEN;

@@ -66,7 +66,7 @@ impl Polling {
         let shared = Arc::new(Words::default());
         let (main, their_main) = UnixStream::pair()?;
         let (back_end, their_back_end) = UnixStream::pair()?;
-        let front_end = FrontEnd::spawn(their_main, their_back_end, 0, cpu)?;
+        let front_end = FrontEnd::spawn(their_main, their_back_end, 0, cpu);
         let words = Arc::clone(&shared);
         let answerer = std::thread::spawn(move || {
             bind(cpu);

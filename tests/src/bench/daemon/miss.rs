@@ -48,7 +48,7 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place, everywhere: &CpuSet) -> O
     let service = Service::start(place.answerer, false)?;
     bind(place.asker);
     let (main, back_end) = (service.main.try_clone()?, service.back_end.try_clone()?);
-    let front_end = FrontEnd::spawn(main, back_end, service.user_address, place.answerer)?;
+    let front_end = FrontEnd::spawn(main, back_end, service.user_address, place.answerer);
     let (polling, sleeping) = (Polling::start(place.answerer)?, Sleeping::start(place.answerer)?);
     let mut reader = service.worker.reader()?;
     let mut at = IOVA_BASE;
