@@ -330,7 +330,7 @@ impl<'r> Guard<'r> {
     pub fn removal_generation(&self) -> u64 {
         // Acquire pairs with the daemon's release; a removal that the pin is too late for has bumped it before the
         // fence that orders both.
-        self.shared.table.header().state.removal_generation.load(Ordering::Acquire)
+        self.shared.table.header().epoch.removal_generation.load(Ordering::Acquire)
     }
 
     /// Grows with every front-end session and device reset.

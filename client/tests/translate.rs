@@ -175,14 +175,14 @@ fn a_map_that_is_finished_during_a_pin_serves_the_pin() {
 fn a_refused_pin_leaves_nothing() {
     let (mut daemon, _memory, attachment) = Daemon::with_memory(16);
     let reader = attachment.reader().expect("a reader");
-    let slot = || daemon.segment.slots[0].word.load(Ordering::SeqCst);
+    let slot = || daemon.segment.slot(0).load(Ordering::SeqCst);
     let outer = reader.pin().expect("pin");
     assert_ne!((slot(), thread_pins::count()), (0, 0));
     drop(outer);
     daemon.kill();
     for _ in 0..3 {
         assert_eq!(reader.pin().err(), Some(PinError::DaemonDead));
-        assert_eq!((daemon.segment.slots[0].word.load(Ordering::SeqCst), thread_pins::count()), (0, 0));
+        assert_eq!((daemon.segment.slot(0).load(Ordering::SeqCst), thread_pins::count()), (0, 0));
     }
 }
 
@@ -203,7 +203,7 @@ fn inner_pins_count_and_inherit() {
     daemon.map(0x1000, 0x1000, 0x1000, RW);
     let reader = attachment.reader().expect("a reader");
     let other = attachment.reader().expect("a reader");
-    let slot = || daemon.segment.slots[0].word.load(Ordering::SeqCst);
+    let slot = || daemon.segment.slot(0).load(Ordering::SeqCst);
     assert_eq!((slot(), thread_pins::count()), (0, 0));
     let outer = reader.pin().expect("pin");
     let pinned = slot();
@@ -249,7 +249,7 @@ fn a_forgotten_guard_only_spoils_its_own_reader() {
     })
     .join()
     .expect("thread");
-    assert_eq!(daemon.segment.slots[0].word.load(Ordering::SeqCst), 0);
+    assert_eq!(daemon.segment.slot(0).load(Ordering::SeqCst), 0);
 }
 
 #[test]
@@ -275,7 +275,7 @@ fn what_a_pin_leaves_to_do_is_done_at_its_end_whatever_was_nested_in_it() {
     daemon.map(0x1000, 0x1000, 0x1000, RW);
     daemon.map(0x2000, 0x1000, 0x5000, RW);
     let reader = attachment.reader().expect("a reader");
-    let slot = || daemon.segment.slots[0].word.load(Ordering::SeqCst);
+    let slot = || daemon.segment.slot(0).load(Ordering::SeqCst);
     let lookups = || daemon.segment.counters.lookups.load(Ordering::SeqCst);
     let outer = reader.pin().expect("pin");
     let pinned = slot();

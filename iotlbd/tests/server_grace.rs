@@ -136,8 +136,8 @@ fn workers_that_take_turns_holding_pins_do_not_hold_the_reply() {
     let result = front_end.invalidate_and(IOVA, PAGE_SIZE, |_| {
         one.wait_until_held();
         // The other one was free. A reader that pins now reads the new epoch, so this is none.
-        other.segment.raise_high_water(1);
-        other.segment.slots[0].word.store(FIRST_EPOCH, Ordering::Release);
+        other.segment.announce(1);
+        other.segment.slot(0).store(FIRST_EPOCH, Ordering::Release);
         one.unpin();
         Ok(())
     });
@@ -218,7 +218,7 @@ fn a_closed_connection_is_no_drain() {
     let result = front_end.invalidate_and(IOVA, PAGE_SIZE, |_| {
         witness.wait_until_held();
         assert!(table.lookup(IOVA).is_none());
-        iotlb_proto::epoch::unpin(&segment.slots[0].word);
+        iotlb_proto::epoch::unpin(&segment.slot(0));
         Ok(())
     });
     result.expect("acknowledged");

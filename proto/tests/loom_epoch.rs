@@ -156,8 +156,21 @@ fn a_reader_that_pins_twice_holds_back_both_times() {
 fn planted_no_writer_fence() {
     reader_against(epoch::pin, &[0], |shared, table| {
         table.remove(page(0));
-        // As `Grace::begin`, less its fences.
+        // As `Grace::begin`, less its fence.
+        shared.epoch().store(2, Ordering::Release);
+        shared.wait(2);
+        shared.poison(0);
+    });
+}
+
+#[test]
+#[should_panic(expected = "stale read")]
+fn planted_epoch_that_is_not_released() {
+    reader_against(epoch::pin, &[0], |shared, table| {
+        table.remove(page(0));
+        // As `Grace::begin`, but that whoever finds the epoch finds only the epoch.
         shared.epoch().store(2, Ordering::Relaxed);
+        full_fence();
         shared.wait(2);
         shared.poison(0);
     });

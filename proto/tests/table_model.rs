@@ -438,7 +438,7 @@ fn every_kind_of_taking_needs_a_grace_period_and_bumps_the_removal_generation() 
         table.insert(bytes(0x20_0000, 2 << 20), 0x20_0000, Access::READ_WRITE).expect("room");
         table.insert(bytes((1 << 30) + 4, 16), (1 << 30) + 8, Access::READ).expect("room");
         complete_grace(&mut table);
-        let generation = |table: &TableWriter| table.memory().header().state.removal_generation.load(Ordering::Relaxed);
+        let generation = |table: &TableWriter| table.memory().header().epoch.removal_generation.load(Ordering::Relaxed);
         let before = generation(&table);
         step(&mut table);
         assert!(!table.is_quiet(), "{name}");

@@ -106,7 +106,7 @@ impl Reader {
         let shared = Arc::clone(attachment.shared());
         shared.check()?;
         let slot = shared.slots.take().ok_or(ReaderError::TooMany)?;
-        shared.segment.raise_high_water(slot as u64 + 1);
+        shared.segment.announce(slot + 1);
         let (slot_word, writer_sleeps) = (shared.segment.slot(slot), shared.table.writer_sleeps());
         Ok(Reader {
             shared,

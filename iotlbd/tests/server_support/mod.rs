@@ -200,12 +200,12 @@ impl RawWorker {
 
     /// Pins the worker's first slot.
     pub fn pin(&self) {
-        self.segment.raise_high_water(1);
-        iotlb_proto::epoch::pin(&self.segment.slots[0].word, &self.table.header().epoch.word);
+        self.segment.announce(1);
+        iotlb_proto::epoch::pin(&self.segment.slot(0), &self.table.header().epoch.word);
     }
 
     pub fn unpin(&self) {
-        iotlb_proto::epoch::unpin(&self.segment.slots[0].word);
+        iotlb_proto::epoch::unpin(&self.segment.slot(0));
     }
 
     /// Waits until the server sleeps over a grace period.

@@ -58,12 +58,10 @@ impl Grace {
             return None;
         }
         if self.current <= self.last_unlink.0 {
-            // F_1; its partner is F_r in `pin`.
-            full_fence();
             self.current += 1;
-            // Relaxed: between two fences.
-            epoch.store(self.current, Ordering::Relaxed);
-            // F_2; its partner is F_r in `pin`.
+            // Release pairs with F_r in `pin`: who pins this epoch sees all that was unlinked before.
+            epoch.store(self.current, Ordering::Release);
+            // F_w; its partner is F_r in `pin`.
             full_fence();
         }
         Some(self.current)

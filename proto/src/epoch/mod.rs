@@ -16,39 +16,39 @@
 //! ```text
 //! reader: pin     e = epoch                       writer: take   unlink (plain stores)
 //!                 slot = e            (release)                  removal generation += 1
-//!                 full fence F_r                                 full fence F_1
-//!         read    loads of the table                             epoch = E, one more than before
-//!         unpin   slot = 0            (release)                  full fence F_2
-//!                                                        wait    until every slot was 0 or >= E  (acquire)
+//!                 full fence F_r                                 epoch = E, one more than before  (release)
+//!         read    loads of the table                             full fence F_w
+//!         unpin   slot = 0            (release)          wait    until every slot was 0 or >= E  (acquire)
 //! ```
 //!
 //! # Why that is enough
 //!
-//! Take a reader's pin and the writer's grace period with epoch E. All fences are sequentially consistent, so F_r and
-//! F_2 have an order.
+//! Take a reader's pin and the writer's grace period with epoch E. Both fences are sequentially consistent, so F_r and
+//! F_w have an order.
 //!
-//! * *F_2 before F_r.* Whatever the writer stored before F_2 is visible to every load after F_r: the reader finds
+//! * *F_w before F_r.* Whatever the writer stored before F_w is visible to every load after F_r: the reader finds
 //!   nothing that was unlinked. It does no harm that the writer did not wait for it.
-//! * *F_r before F_2.* The slot was stored before F_r, so the writer's loads after F_2 see that store or a later one in
+//! * *F_r before F_w.* The slot was stored before F_r, so the writer's loads after F_w see that store or a later one in
 //!   the slot. Three values are possible.
 //!   * The pin's own value, below E: the writer waits. The value must change for the wait to end, and the next value is
 //!     the 0 of unpin, or a later pin's.
-//!   * The pin's own value, at least E: the reader loaded E from the store after F_1 and fenced afterwards, so F_1
-//!     synchronises with F_r and the reader sees all that was unlinked before F_1.
+//!   * The pin's own value, at least E: the reader loaded the epoch from the store of E or a later one, each of them a
+//!     release, and fenced afterwards. So that store synchronises with F_r, and the reader sees all that was unlinked
+//!     before E was stored.
 //!   * A later value. Every store to the slot is a release store that follows the pin's loads in program order, and the
 //!     writer loads the slot with acquire: all loads of the old pin happened before the writer goes on.
 //!
-//! So when the wait is over, no reader can reach what was unlinked before F_1. A single `xchg` in place of store and
-//! F_r is not enough in this argument, nor in the model: an exchange orders its own word, it does not put the
+//! So when the wait is over, no reader can reach what was unlinked before E was stored. A single `xchg` in place of
+//! store and F_r is not enough in this argument, nor in the model: an exchange orders its own word, it does not put the
 //! *following* loads after it for everybody. (The processor of the day may do so; the language does not promise it.)
 //! The release of the pin's store costs nothing on x86 and closes the third case where the reader has already pinned
 //! again.
 //!
 //! The argument is about one pin and one slot, so slots need not be free at the same time: each is done with once it
-//! was seen at 0 or at least E after F_2. A pin that comes later, with whatever epoch, is one of the first case.
+//! was seen at 0 or at least E after F_w. A pin that comes later, with whatever epoch, is one of the first case.
 //!
-//! A new reader slot is announced by the segment's high-water mark, stored before the first pin's F_r. A writer that
-//! misses the mark has F_2 before that F_r: first case.
+//! A new reader slot is announced by a mark in the slot before it, stored before the first pin's F_r. A writer that
+//! misses the mark has F_w before that F_r: first case.
 //!
 //! # Which grace period is enough
 //!

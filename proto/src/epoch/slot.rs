@@ -9,11 +9,11 @@ pub const UNPINNED: u64 = 0;
 /// at least that long. Returns the epoch.
 #[inline]
 pub fn pin(slot: &AtomicU64, epoch: &AtomicU64) -> u64 {
-    // Relaxed: F_r below orders it (fence to fence with the writer's F_1).
+    // Relaxed: F_r below makes it an acquire, whose partner is the release store in `Grace::begin`.
     let now = epoch.load(Ordering::Relaxed);
     // Release pairs with the acquire in `is_drained`: the loads of this reader's former pin come before it.
     slot.store(now, Ordering::Release);
-    // F_r; its partner is F_2 in `Grace::begin`.
+    // F_r; its partner is F_w in `Grace::begin`.
     full_fence();
     now
 }

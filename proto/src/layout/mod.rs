@@ -9,7 +9,7 @@ pub mod worker;
 use crate::sync::AtomicU64;
 
 /// Raised whenever a field of either segment, or the meaning of one, changes.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Distance between words that different processors write, in bytes: two cache lines, because the adjacent-line
 /// prefetcher of x86 pulls lines in pairs.

@@ -34,9 +34,9 @@ pub const SIDE_COPIES: usize = 4;
 pub struct TableHeader {
     /// Written once.
     pub identity: Identity,
-    /// The grace-period epoch; starts at 1, because a slot with 0 is not pinned.
-    pub epoch: Line,
-    /// What changes when something is taken away or the guest starts anew.
+    /// What changes when something is taken away.
+    pub epoch: Epoch,
+    /// What changes when the guest's memory or rings do.
     pub state: State,
     /// Where lookups begin: tree root and side array.
     pub roots: Roots,
@@ -44,15 +44,18 @@ pub struct TableHeader {
     pub wake: Wake,
 }
 
-/// A word with a line of its own.
+/// What every removal stores, on one line: it has to come back from those who read it, and once is enough.
 #[derive(Debug)]
 #[repr(C, align(128))]
-pub struct Line {
-    /// The word.
+pub struct Epoch {
+    /// The grace-period epoch; starts at 1, because a slot with 0 is not pinned.
     pub word: AtomicU64,
+    /// Grows with every unlink, before the epoch of its grace period is stored. Pointers kept across pins are keyed by
+    /// it.
+    pub removal_generation: AtomicU64,
 }
 
-/// Generations. Each only grows.
+/// Generations, which each only grow, and flags. Lookups read this line, so nothing is here that often changes.
 #[derive(Debug)]
 #[repr(C, align(128))]
 pub struct State {
@@ -60,8 +63,6 @@ pub struct State {
     pub session_generation: AtomicU64,
     /// Grows *before* the first entry that points into a new memory region is published.
     pub memory_map_generation: AtomicU64,
-    /// Grows with every unlink, before the writer's barrier. Pointers kept across pins are keyed by it.
-    pub removal_generation: AtomicU64,
     /// Grows whenever a queue record changed.
     pub queue_generation: AtomicU64,
     /// Virtio feature bits the driver acknowledged; 0 before it did.
@@ -170,9 +171,10 @@ const fn align_up(value: usize, to: usize) -> usize {
 }
 
 /// What goes into the layout hash.
-pub const SHAPE: [usize; 14] = [
+pub const SHAPE: [usize; 15] = [
     size_of::<TableHeader>(),
     offset_of!(TableHeader, epoch),
+    offset_of!(Epoch, removal_generation),
     offset_of!(TableHeader, state),
     offset_of!(TableHeader, roots),
     offset_of!(TableHeader, wake),
@@ -198,8 +200,9 @@ const _: () = {
     assert!(offset_of!(Identity, generation) == 40);
     assert!(size_of::<TableHeader>() == 640);
     assert!(offset_of!(TableHeader, epoch) == super::LINE);
+    assert!(offset_of!(Epoch, removal_generation) == 8);
     assert!(offset_of!(TableHeader, state) == 256);
-    assert!(offset_of!(State, removal_generation) == 16);
+    assert!(offset_of!(State, memory_map_generation) == 8);
     assert!(offset_of!(TableHeader, roots) == 384);
     assert!(offset_of!(Roots, side) == 8);
     assert!(offset_of!(TableHeader, wake) == 512);

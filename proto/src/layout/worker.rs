@@ -6,7 +6,7 @@
 use std::mem::{offset_of, size_of};
 
 use super::Identity;
-use super::table::{Line, QUEUE_CAPACITY};
+use super::table::QUEUE_CAPACITY;
 use crate::sync::{AtomicU32, AtomicU64};
 
 /// `"iotlbWRK"`, little endian.
@@ -29,14 +29,13 @@ pub const CELL_PAGES_MAX: u64 = 17;
 pub struct WorkerSegmentLayout {
     /// Written once by the daemon.
     pub identity: Identity,
-    /// Worker writes: slots `0..word` are or were in use; the daemon scans that many, at most [`SLOT_CAPACITY`].
-    pub slots_high_water: Line,
     /// Worker sets bits, daemon takes them: cell `i` holds a new miss. Bit `i % 64` of word `i / 64`.
     pub posted: Posted,
     /// The worker writes and reads them; the daemon does neither.
     pub counters: Counters,
-    /// Reader slots: 0 = not pinned, else the epoch that was pinned.
-    pub slots: [Line; SLOT_CAPACITY],
+    /// Reader slots, a ring. They are used in order, beginning with the one that [`first_slot`] names; the daemon looks
+    /// at them in that order as well, as far as they say that there is more, and once round at most.
+    pub slots: [ReaderSlot; SLOT_CAPACITY],
     /// Misses.
     pub cells: [MissCell; CELL_CAPACITY],
     /// Per queue: how many available-ring heads were completely processed, as a running 16-bit index in the low
@@ -46,6 +45,27 @@ pub struct WorkerSegmentLayout {
 
 /// [`WorkerSegmentLayout::progress`]: the word was written in the queue's present lease.
 pub const PROGRESS_VALID: u64 = 1 << 63;
+
+/// Which slot is used first, in the segment with this incarnation. Not the same one everywhere: lines at the same place
+/// of a page compete for the same few places of a processor's cache, and most workers have one reader.
+#[must_use]
+pub const fn first_slot(incarnation: u64) -> usize {
+    // Below the capacity.
+    #[allow(clippy::cast_possible_truncation)]
+    {
+        (incarnation % SLOT_CAPACITY as u64) as usize
+    }
+}
+
+/// What one reader thread says. All on one line, so that an idle reader costs the daemon one.
+#[derive(Debug)]
+#[repr(C, align(128))]
+pub struct ReaderSlot {
+    /// 0 = not pinned, else the epoch that was pinned.
+    pub word: AtomicU64,
+    /// Not 0: the next slot is or was in use, too. Never taken back.
+    pub more: AtomicU64,
+}
 
 /// The posted bitmap.
 #[derive(Debug)]
@@ -93,7 +113,7 @@ pub struct MissCell {
 /// What goes into the layout hash.
 pub const SHAPE: [usize; 12] = [
     size_of::<WorkerSegmentLayout>(),
-    offset_of!(WorkerSegmentLayout, slots_high_water),
+    offset_of!(ReaderSlot, more),
     offset_of!(WorkerSegmentLayout, posted),
     offset_of!(WorkerSegmentLayout, counters),
     offset_of!(WorkerSegmentLayout, slots),
@@ -115,12 +135,13 @@ const _: () = {
     assert!(offset_of!(MissCell, request) == 8);
     assert!(offset_of!(MissCell, state) == 16);
     assert!(offset_of!(MissCell, sleeping) == 20);
-    assert!(offset_of!(WorkerSegmentLayout, slots_high_water) == super::LINE);
-    assert!(offset_of!(WorkerSegmentLayout, posted) == 256);
-    assert!(offset_of!(WorkerSegmentLayout, counters) == 384);
-    assert!(offset_of!(WorkerSegmentLayout, slots) == 512);
-    assert!(offset_of!(WorkerSegmentLayout, cells) == 8704);
-    assert!(offset_of!(WorkerSegmentLayout, progress) == 16896);
+    assert!(size_of::<ReaderSlot>() == super::LINE);
+    assert!(offset_of!(ReaderSlot, more) == 8);
+    assert!(offset_of!(WorkerSegmentLayout, posted) == super::LINE);
+    assert!(offset_of!(WorkerSegmentLayout, counters) == 256);
+    assert!(offset_of!(WorkerSegmentLayout, slots) == 384);
+    assert!(offset_of!(WorkerSegmentLayout, cells) == 8576);
+    assert!(offset_of!(WorkerSegmentLayout, progress) == 16768);
     assert!(SEGMENT_SIZE == 20480);
     assert!(SEGMENT_SIZE <= 64 * 1024);
 };

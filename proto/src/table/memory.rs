@@ -200,8 +200,8 @@ mod mapped {
 mod model {
     use super::{Node, SideCopy, TableHeader};
     use crate::layout::Identity;
-    use crate::layout::table::{Line, QueueRecordWords, Roots, SIDE_CAPACITY, SIDE_COPIES, SideEntry, State, Wake};
-    use crate::sync::AtomicU64;
+    use crate::layout::table::{Epoch, QueueRecordWords, Roots, SIDE_CAPACITY, SIDE_COPIES, SideEntry, State, Wake};
+    use crate::sync::{AtomicU64, count_fence};
 
     /// Nothing fails in a model.
     #[derive(Debug, thiserror::Error)]
@@ -227,6 +227,7 @@ mod model {
         /// A table of `nodes` nodes and one queue.
         #[must_use]
         pub fn model(nodes: u32) -> TableMemory {
+            count_fence();
             let identity = Identity {
                 magic: zero(),
                 version: zero(),
@@ -238,14 +239,13 @@ mod model {
             let state = State {
                 session_generation: zero(),
                 memory_map_generation: zero(),
-                removal_generation: zero(),
                 queue_generation: zero(),
                 acked_features: zero(),
                 flags: zero(),
             };
             let header = TableHeader {
                 identity,
-                epoch: Line { word: AtomicU64::new(1) },
+                epoch: Epoch { word: AtomicU64::new(1), removal_generation: zero() },
                 state,
                 roots: Roots { tree: zero(), side: zero() },
                 wake: Wake { doorbell_wanted: zero(), writer_sleeps: zero() },

@@ -10,7 +10,7 @@ use super::{QueueRecord, TableMemory, Translation};
 use crate::access::Access;
 use crate::epoch::Grace;
 use crate::iova::{IovaRange, PAGE_MASK, PAGE_SIZE};
-use crate::layout::table::{FLAG_RUNNING, State};
+use crate::layout::table::FLAG_RUNNING;
 use crate::sync::{AtomicU64, Ordering, full_fence};
 use crate::tree::{Budget, SLICE_WORDS, TargetRemoval, Tree};
 
@@ -174,7 +174,7 @@ impl TableWriter {
     pub fn remove(&mut self, range: IovaRange) -> u64 {
         if range.first() & PAGE_MASK == 0
             && self.side.is_empty()
-            && let Some(edit) = self.tree.remove_page(self.memory.tree(), range)
+            && let Some(edit) = self.tree.remove_page(self.memory.tree(), &self.memory.header().epoch.word, range)
         {
             self.note(edit.unlinked);
             return edit.unlinked;
@@ -262,19 +262,19 @@ impl TableWriter {
 
     /// Starts a new session: what workers keep of the former one is void. Returns its generation.
     pub fn bump_session(&mut self) -> u64 {
-        self.bump(|state| &state.session_generation)
+        bump(&self.memory.header().state.session_generation)
     }
 
     /// Bumps the memory-map generation and returns it. To be called before entries into a new region are published.
     pub fn bump_memory_map(&mut self) -> u64 {
-        self.bump(|state| &state.memory_map_generation)
+        bump(&self.memory.header().state.memory_map_generation)
     }
 
     /// Publishes a queue's record and bumps the queue generation. An index past the capacity is ignored.
     pub fn publish_queue(&mut self, index: u16, record: &QueueRecord) {
         if let Some(words) = self.memory.queues().get(usize::from(index)) {
             record.store(words);
-            self.bump(|state| &state.queue_generation);
+            bump(&self.memory.header().state.queue_generation);
         }
     }
 
@@ -366,21 +366,21 @@ impl TableWriter {
         false
     }
 
-    /// After stores that took something away: the removal generation goes up before the barrier of the grace period.
+    /// After stores that took something away: the removal generation goes up before the epoch does.
     fn note(&mut self, unlinked: u64) {
         if unlinked > 0 {
             self.grace.unlinked();
-            self.bump(|state| &state.removal_generation);
+            bump(&self.memory.header().epoch.removal_generation);
         }
     }
+}
 
-    fn bump(&mut self, word: impl Fn(&State) -> &AtomicU64) -> u64 {
-        let word = word(&self.memory.header().state);
-        let next = word.load(Ordering::Relaxed) + 1;
-        // Release pairs with the reader's acquire load under its pin: what was stored before the bump comes with it.
-        word.store(next, Ordering::Release);
-        next
-    }
+/// Adds one to a generation, which nobody else writes.
+fn bump(generation: &AtomicU64) -> u64 {
+    let next = generation.load(Ordering::Relaxed) + 1;
+    // Release pairs with the reader's acquire load under its pin: what was stored before the bump comes with it.
+    generation.store(next, Ordering::Release);
+    next
 }
 
 /// The whole pages of a translation, and the pieces at its edges that fill none. Where the target is not aligned like

@@ -8,12 +8,12 @@ use super::{HEIGHT_MAX, entry, height_for, level_shift};
 use crate::access::Access;
 use crate::epoch::Stamp;
 use crate::iova::{IovaRange, PAGE_MASK};
-use crate::sync::Ordering;
+use crate::sync::{AtomicU64, Ordering, prefetch_to_store};
 
 impl Tree {
     /// As [`Tree::remove`] of the one page `range`, when it is a leaf of the lowest level and not the last one of its
-    /// node, or nothing is there at all. `None`: not so, nothing was changed.
-    pub fn remove_page(&mut self, view: TreeView<'_>, range: IovaRange) -> Option<Edit> {
+    /// node, or nothing is there at all. `None`: not so, nothing was changed. `next` is what is stored after a removal.
+    pub fn remove_page(&mut self, view: TreeView<'_>, next: &AtomicU64, range: IovaRange) -> Option<Edit> {
         if range.len_minus_one() != PAGE_MASK {
             return None;
         }
@@ -37,6 +37,8 @@ impl Tree {
             if level != 0 || self.pool.info(node).live < 2 {
                 return None;
             }
+            // Both lines are with those who read, and one store is done after the other: so their ways here overlap.
+            prefetch_to_store(next);
             self.unlink(view, node, index);
             self.leaves -= 1;
             return Some(Edit { unlinked: 1 });

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::epoch;
-use crate::layout::worker::{CELL_CAPACITY, MAGIC, SEGMENT_SIZE, SLOT_CAPACITY, WorkerSegmentLayout};
+use crate::layout::worker::{CELL_CAPACITY, MAGIC, SEGMENT_SIZE, SLOT_CAPACITY, WorkerSegmentLayout, first_slot};
 use crate::layout::{LAYOUT_HASH, LAYOUT_VERSION};
 use crate::shm::{Mapping, MappingError, MemfdError, SharedObject, memfd};
 use crate::sync::{AtomicU64, Ordering, full_fence};
@@ -35,6 +35,8 @@ pub enum SegmentError {
 #[derive(Debug)]
 pub struct WorkerSegment {
     layout: SharedObject<WorkerSegmentLayout>,
+    /// Our own copy: what is in the segment may change.
+    first_slot: usize,
 }
 
 impl WorkerSegment {
@@ -46,7 +48,7 @@ impl WorkerSegment {
         let fd = memfd::create("iotlbd-worker", SEGMENT_SIZE as u64)?;
         memfd::seal_size(fd.as_fd())?;
         let mapping = Arc::new(Mapping::read_write(fd.as_fd(), SEGMENT_SIZE)?);
-        let segment = WorkerSegment { layout: SharedObject::new(&mapping, 0)? };
+        let segment = WorkerSegment { layout: SharedObject::new(&mapping, 0)?, first_slot: first_slot(incarnation) };
         let identity = &segment.identity;
         identity.magic.store(MAGIC, Ordering::Relaxed);
         identity.version.store(u64::from(LAYOUT_VERSION), Ordering::Relaxed);
@@ -65,7 +67,7 @@ impl WorkerSegment {
     pub fn open(fd: BorrowedFd<'_>, incarnation: u64) -> Result<WorkerSegment, SegmentError> {
         memfd::check_sealed(fd, SEGMENT_SIZE as u64)?;
         let mapping = Arc::new(Mapping::read_write(fd, SEGMENT_SIZE)?);
-        let segment = WorkerSegment { layout: SharedObject::new(&mapping, 0)? };
+        let segment = WorkerSegment { layout: SharedObject::new(&mapping, 0)?, first_slot: first_slot(incarnation) };
         let identity = &segment.identity;
         for (field, word, expected) in [
             ("magic", &identity.magic, MAGIC),
@@ -82,28 +84,42 @@ impl WorkerSegment {
         Ok(segment)
     }
 
-    /// Daemon: whether every slot in use lets the grace period `target` pass. A worker that lies about how many slots
-    /// it uses only gives up the protection of its own readers.
+    /// Daemon: whether every slot in use lets the grace period `target` pass. A worker that lies about which slots it
+    /// uses only gives up the protection of its own readers.
     #[must_use]
     pub fn is_drained(&self, target: u64) -> bool {
-        // Acquire pairs with the release in `raise_high_water`.
-        let used = self.slots_high_water.word.load(Ordering::Acquire).min(SLOT_CAPACITY as u64);
-        self.slots
-            .iter()
-            .take(usize::try_from(used).unwrap_or(SLOT_CAPACITY))
-            .all(|slot| epoch::is_drained(&slot.word, target))
+        let (before, from_first) = self.slots.split_at(self.first_slot);
+        for slot in from_first.iter().chain(before) {
+            // Acquire pairs with the release in `announce`. Asked first: its line is on its way back to the reader once
+            // that has unpinned.
+            let more = slot.more.load(Ordering::Acquire) != 0;
+            if !epoch::is_drained(&slot.word, target) {
+                return false;
+            }
+            if !more {
+                break;
+            }
+        }
+        true
     }
 
-    /// Worker: the word of a reader slot, below [`SLOT_CAPACITY`].
+    /// Worker: the slot of a reader, which is counted from 0 and below [`SLOT_CAPACITY`].
     #[must_use]
-    pub fn slot(&self, index: usize) -> SharedObject<AtomicU64> {
+    pub fn slot(&self, reader: usize) -> SharedObject<AtomicU64> {
+        let index = self.slot_index(reader);
         self.layout.part(|layout| &layout.slots[index].word)
     }
 
-    /// Worker: announces that slots `0..slots` may be used, before the first pin in the newest of them.
-    pub fn raise_high_water(&self, slots: u64) {
-        // Release pairs with the acquire in `is_drained`; see the prose of `epoch` for a writer that misses it.
-        self.slots_high_water.word.fetch_max(slots, Ordering::Release);
+    /// Worker: announces that the slots of `0..readers` may be used, before the first pin in the newest of them.
+    pub fn announce(&self, readers: usize) {
+        for reader in 0..readers.saturating_sub(1) {
+            // Release pairs with the acquire in `is_drained`; see the prose of `epoch` for a writer that misses it.
+            self.slots[self.slot_index(reader)].more.store(1, Ordering::Release);
+        }
+    }
+
+    fn slot_index(&self, reader: usize) -> usize {
+        self.first_slot.wrapping_add(reader) % SLOT_CAPACITY
     }
 
     /// Worker: marks cell `index` posted. Afterwards the caller tests the table's `doorbell_wanted` and rings when it
@@ -203,11 +219,14 @@ mod tests {
     }
 
     #[test]
-    fn a_lying_high_water_mark_reads_nothing_outside() {
+    fn a_ring_of_lies_is_looked_at_once() {
         let (daemon, worker) = pair();
-        worker.slots_high_water.word.store(u64::MAX, Ordering::Relaxed);
+        for slot in &worker.slots {
+            slot.more.store(u64::MAX, Ordering::Relaxed);
+        }
         assert!(daemon.is_drained(5));
-        worker.slots[SLOT_CAPACITY - 1].word.store(4, Ordering::Relaxed);
+        let last = worker.slot(SLOT_CAPACITY - 1);
+        last.store(4, Ordering::Relaxed);
         assert!(!daemon.is_drained(5));
         assert!(daemon.is_drained(4));
     }
@@ -224,12 +243,12 @@ mod tests {
     #[test]
     fn a_slot_is_the_segments_and_outlives_the_view_it_came_from() {
         let (daemon, worker) = pair();
-        worker.raise_high_water(3);
+        worker.announce(3);
         let slot = worker.slot(2);
         drop(worker);
         slot.store(4, Ordering::Relaxed);
         assert!(!daemon.is_drained(5));
-        assert_eq!(daemon.slots[2].word.load(Ordering::Relaxed), 4);
+        assert_eq!(daemon.slot(2).load(Ordering::Relaxed), 4);
     }
 
     #[test]
@@ -247,15 +266,29 @@ mod tests {
     }
 
     #[test]
-    fn the_high_water_mark_only_rises_and_bounds_the_scan() {
+    fn a_slot_counts_once_it_was_announced_and_from_then_on() {
         let (daemon, worker) = pair();
-        worker.raise_high_water(3);
-        worker.raise_high_water(1);
-        worker.slots[2].word.store(4, Ordering::Relaxed);
+        worker.announce(3);
+        worker.announce(1);
+        worker.slot(2).store(4, Ordering::Relaxed);
         assert!(!daemon.is_drained(5));
-        worker.slots[2].word.store(0, Ordering::Relaxed);
-        worker.slots[3].word.store(4, Ordering::Relaxed);
+        worker.slot(2).store(0, Ordering::Relaxed);
+        worker.slot(3).store(4, Ordering::Relaxed);
         assert!(daemon.is_drained(5), "slot 3 was never announced");
+    }
+
+    #[test]
+    fn every_reader_has_a_slot_of_its_own_wherever_the_first_is() {
+        for incarnation in [0, 1, 42, 63, u64::MAX] {
+            let (daemon, _fd) = WorkerSegment::create(incarnation).expect("create");
+            for reader in 0..SLOT_CAPACITY {
+                daemon.announce(reader + 1);
+                assert_eq!(daemon.slot(reader).swap(4, Ordering::Relaxed), 0);
+                assert!(!daemon.is_drained(5));
+                daemon.slot(reader).store(5, Ordering::Relaxed);
+                assert!(daemon.is_drained(5), "{reader} of {incarnation}");
+            }
+        }
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! Taking a page away: how long until no reader can use it any more.
 //!
 //! The reader is a worker of its own on another processor, which looks up in pinned bursts as a datapath does, and
-//! whose pages are those that go. The limit is a burst of the same kind, and two transfers of a line.
+//! whose pages are those that go, one every few microseconds. The limit is a burst of the same kind, and two transfers
+//! of a line.
 
-use std::hint::spin_loop;
+use std::hint::{black_box, spin_loop};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use iotlb_client::{Access, AttachError, AttachOptions, Attachment, Reader};
 use iotlb_proto::iova::IovaRange;
@@ -27,6 +29,11 @@ const PAGES: u64 = 2_048;
 const BLOCKS: usize = 20;
 /// Pages taken away in a block.
 const TAKES: usize = 1_000;
+/// Shortest time between two: no front-end sends messages that are answered faster than that. Without it the reader
+/// would still wait for the lines that the last one took from it, and its bursts be no bursts like those of the limit.
+const GAP: Duration = Duration::from_micros(3);
+/// The gap varies by this, which is longer than a burst, so that takes meet bursts everywhere.
+const GAP_VARIES_NS: u64 = 509;
 /// Bursts in a block, timed together: one is as short as the clock's own work.
 const BURSTS: u64 = 20_000;
 /// Trips of a line to the other processor and back in a block.
@@ -48,6 +55,7 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place) -> Outcome {
     for _ in 0..BLOCKS {
         neighbour.set_to_work(order::CHANGING)?;
         for page in taken.by_ref().take(TAKES) {
+            wait(GAP + Duration::from_nanos(drains.len() as u64 * 7_919 % GAP_VARIES_NS));
             drains.push(drain(&mut daemon, page)?);
         }
         neighbour.order(order::REST)?;
@@ -68,13 +76,25 @@ fn attached(control: &Path) -> Result<Attachment, AttachError> {
     Attachment::connect(control, &AttachOptions { label: "bench".into(), ..AttachOptions::default() })
 }
 
+/// Lets time pass, and this processor have it.
+fn wait(time: Duration) {
+    let start = Instant::now();
+    while start.elapsed() < time {
+        spin_loop();
+    }
+}
+
 /// How long it takes until nobody can use a page that is taken away, in nanoseconds; puts it back.
 fn drain(daemon: &mut ByHand, page: &Page) -> Result<f64, Box<dyn std::error::Error>> {
     let range = IovaRange::page_of(page.iova);
     let (ns, ()) = time_ns(|| {
         daemon.table.remove(range);
         while let Some(epoch) = daemon.table.begin_grace() {
-            while !daemon.is_drained(epoch) {
+            // The clock is part of each look, as in the daemon, which has to know how long it waits.
+            while {
+                black_box(Instant::now());
+                !daemon.is_drained(epoch)
+            } {
                 spin_loop();
             }
             daemon.table.grace_completed(epoch);

@@ -43,14 +43,18 @@ pub(super) fn rows(rows: &mut Vec<Row>, place: &Place) -> Outcome {
 
 /// `count` segments with `slots` readers each.
 fn segments(count: usize, slots: usize) -> Result<Vec<WorkerSegment>, Box<dyn std::error::Error>> {
-    (1..)
-        .take(count)
-        .map(|incarnation| {
-            let (segment, _fd) = WorkerSegment::create(incarnation)?;
-            segment.raise_high_water(slots as u64);
+    (0..count)
+        .map(|number| {
+            let (segment, _fd) = WorkerSegment::create(incarnation(number))?;
+            segment.announce(slots);
             Ok(segment)
         })
         .collect()
+}
+
+/// An incarnation as a daemon gives them out, which are hashes; the same ones in each run.
+pub(in crate::bench) fn incarnation(number: usize) -> u64 {
+    (number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32
 }
 
 fn scan(segments: &[WorkerSegment]) -> bool {

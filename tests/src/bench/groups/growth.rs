@@ -10,6 +10,7 @@ use iotlb_proto::worker::WorkerSegment;
 use iotlbd::sim::SimError;
 
 use super::{Outcome, Run, hit, visits};
+use crate::bench::daemon::scan::incarnation;
 use crate::bench::measure::{Contestant, interleave, median};
 use crate::bench::peers::Page;
 use crate::bench::report::Curve;
@@ -34,13 +35,13 @@ pub fn run(run: &mut Run) -> Outcome {
 fn segments(readers: usize, each: usize) -> Result<Vec<(WorkerSegment, OwnedFd)>, Box<dyn std::error::Error>> {
     let mut segments = Vec::new();
     let mut left = readers;
-    for incarnation in 1.. {
+    for number in 0.. {
         let slots = left.min(each);
         if slots == 0 {
             break;
         }
-        let (segment, fd) = WorkerSegment::create(incarnation)?;
-        segment.raise_high_water(slots as u64);
+        let (segment, fd) = WorkerSegment::create(incarnation(number))?;
+        segment.announce(slots);
         segments.push((segment, fd));
         left -= slots;
     }
