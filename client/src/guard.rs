@@ -6,7 +6,7 @@ use iotlb_proto::iova::{IovaRange, PAGE_MASK};
 use iotlb_proto::layout::table::FLAG_RUNNING;
 use iotlb_proto::sync::{AtomicU64, Ordering};
 use iotlb_proto::table::QueueRecord;
-use iotlb_proto::tree::Top;
+use iotlb_proto::tree::entry;
 
 use crate::Access;
 use crate::queue::vring::Source;
@@ -56,19 +56,19 @@ pub enum Fault {
 /// ```
 #[derive(Debug)]
 pub struct Guard<'r> {
-    // Three words and no more. A pin's fence waits for all stores before it, those of the pin before included; a guard
-    // of a dozen words that went through memory cost more than the fence itself.
+    // Two words and no more. A pin's fence waits for all stores before it, those of the pin before included; a guard of
+    // a dozen words that went through memory cost more than the fence itself. What changes under a pin is the reader's:
+    // where it stands here, it and all else here is loaded again after each call.
     reader: &'r Reader,
     shared: &'r Shared,
-    top: Top<'r>,
     /// The slot belongs to the thread that pinned.
     _not_send: PhantomData<*mut ()>,
 }
 
 impl<'r> Guard<'r> {
     #[inline(always)]
-    pub(crate) fn new(reader: &'r Reader, shared: &'r Shared, top: Top<'r>) -> Guard<'r> {
-        Guard { reader, shared, top, _not_send: PhantomData }
+    pub(crate) fn new(reader: &'r Reader, shared: &'r Shared) -> Guard<'r> {
+        Guard { reader, shared, _not_send: PhantomData }
     }
 
     /// Where the `len` bytes from `iova` are, if the device may access them like that: all of them, or none.
@@ -103,7 +103,9 @@ impl<'r> Guard<'r> {
     /// what nearly every lookup is; each test is a branch that nearly always goes the same way.
     #[inline(always)]
     pub(crate) fn quick(&self, iova: u64, len: u64, access: Access) -> Option<Segment<'_>> {
-        self.shared.table.page(self.top, iova, access).and_then(|leaf| self.within_page(leaf, iova, len))
+        // Acquire pairs with the release in the writer's `edit`: the entry's memory map comes with it.
+        let leaf = self.page_word(iova)?.load(Ordering::Acquire);
+        if entry::is_leaf_for(leaf, access) { self.within_page(leaf, iova, len) } else { None }
     }
 
     /// As [`Guard::quick`], for who comes back to the same few places under one pin: one load there instead of three.
@@ -120,7 +122,7 @@ impl<'r> Guard<'r> {
     #[cold]
     #[inline(never)]
     fn not_near(&self, iova: u64, access: Access) -> Option<u64> {
-        if self.reader.keep_near(self.top, iova) {
+        if self.reader.keep_near(iova) {
             self.shared.table.page_near(self.reader.near_nodes(), iova, access)
         } else {
             None
@@ -130,19 +132,29 @@ impl<'r> Guard<'r> {
     /// The word of the 4 KiB page around `iova`, not loaded yet; `None` when it is not one of the usual ones.
     #[inline(always)]
     pub(crate) fn page_word(&self, iova: u64) -> Option<&AtomicU64> {
-        self.shared.table.page_word(self.top, iova)
+        let last = self.reader.last_node();
+        if last.is_around(iova) { last.word(iova) } else { self.page_word_elsewhere(iova) }
+    }
+
+    /// The same in another GiB than before.
+    #[cold]
+    #[inline(never)]
+    fn page_word_elsewhere(&self, iova: u64) -> Option<&AtomicU64> {
+        let last = self.reader.last_node();
+        self.shared.table.begin_at(last, iova);
+        last.word(iova)
     }
 
     /// The range, when the entry is a 4 KiB leaf that holds all of it, and nothing at all is unusual about it.
     #[inline(always)]
     pub(crate) fn within_page(&self, leaf: u64, iova: u64, len: u64) -> Option<Segment<'_>> {
-        let inside = iova & PAGE_MASK;
-        // `len - 1` of an empty range is larger than any page. The arena has whole pages, so the leaf's bits below its
-        // target do not matter.
-        if len.wrapping_sub(1) > PAGE_MASK - inside || leaf >= self.shared.arena.size() || self.map_differs() {
+        let (inside, target) = (iova & PAGE_MASK, entry::target(leaf));
+        // `len - 1` of an empty range is larger than any page. The arena has whole pages.
+        let in_page = len.wrapping_sub(1) <= PAGE_MASK && inside.wrapping_add(len.wrapping_sub(1)) <= PAGE_MASK;
+        if !in_page || target >= self.shared.arena.size() || self.reader.map_differs() {
             return None;
         }
-        self.segment(leaf & !PAGE_MASK | inside, len)
+        self.segment(target | inside, len)
     }
 
     /// The range, when any leaf of the tree holds all of it, and nothing else is unusual about it.

@@ -224,6 +224,24 @@ fn inner_pins_count_and_inherit() {
 }
 
 #[test]
+fn what_one_pin_found_the_next_looks_for_again() {
+    let (daemon, _memory, attachment) = Daemon::with_memory(16);
+    // High enough for three levels.
+    let iova = 5 << 30;
+    daemon.map(iova, 0x1000, 0x2000, RW);
+    let reader = attachment.reader().expect("a reader");
+    let place = |iova| {
+        let guard = reader.pin().expect("pin");
+        guard.translate_one(iova, 1, RW).map(|piece| piece.as_ptr().addr())
+    };
+    let first = place(iova);
+    // The same address in a new node, while the old one, which nobody has waited for, still says what it said.
+    daemon.unmap(0, u64::MAX);
+    daemon.map(iova, 0x1000, 0x3000, RW);
+    assert_eq!(place(iova), first.map(|first| first + 0x1000));
+}
+
+#[test]
 fn a_sleeping_writer_is_woken_by_the_outermost_unpin_only() {
     let (daemon, _memory, attachment) = Daemon::with_memory(16);
     let reader = attachment.reader().expect("a reader");

@@ -481,16 +481,19 @@ fn nothing_leaks_when_workers_are_killed() {
     let _watchdog = watchdog();
     let daemon = Daemon::start();
     let witness = RawWorker::attach(&daemon.control());
-    // A worker that left is forgotten before its descriptors are closed, so the lowest of some counts is the true one.
+    // A worker that left is forgotten a moment later, and its descriptors are closed after that: the lowest of some
+    // counts is the true one. Where a segment is left for good, the watchdog ends this.
     let settled = || {
         let counts = (0..20).map(|_| {
             RawWorker::attach(&daemon.control()).leave();
-            (daemon.descriptors(), daemon.segments())
+            while daemon.segments() != 1 {
+                std::thread::yield_now();
+            }
+            daemon.descriptors()
         });
-        counts.reduce(|a, b| (a.0.min(b.0), a.1.min(b.1))).expect("some")
+        counts.min().expect("some")
     };
     let before = settled();
-    assert_eq!(before.1, 1, "the witness's segment");
     for _ in 0..50 {
         let mut child = Command::new(std::env::current_exe().expect("own path"))
             .args(["--exact", "child_that_attaches_and_hangs", "--nocapture"])
@@ -507,8 +510,7 @@ fn nothing_leaks_when_workers_are_killed() {
     // Each of them had queue 0, so all are gone when it is free.
     claim_when_free(&witness);
     let after = settled();
-    assert!(after.0 <= before.0, "{} descriptors before, {} after", before.0, after.0);
-    assert_eq!(after.1, before.1, "segments of dead workers stay mapped");
+    assert!(after <= before, "{before} descriptors before, {after} after");
     daemon.signal(Signal::TERM);
     assert!(daemon.end().0.success());
 }

@@ -9,7 +9,8 @@ use std::time::Instant;
 use iotlb_proto::epoch;
 use iotlb_proto::shm::SharedObject;
 use iotlb_proto::sync::{AtomicU64, Ordering};
-use iotlb_proto::tree::{NearNodes, Top};
+use iotlb_proto::table::LastNode;
+use iotlb_proto::tree::NearNodes;
 
 use crate::attach::Attachment;
 use crate::guard::Guard;
@@ -94,6 +95,12 @@ pub struct Reader {
     faults: Cell<u64>,
     /// What the translations of this pin keep.
     pieces: RefCell<Pieces>,
+    /// The node of the GiB that this pin looked into last.
+    last_node: LastNode,
+    /// The table's memory-map generation.
+    map_generation: SharedObject<AtomicU64>,
+    /// The one whose regions were all mapped when the pin began; see [`Shared::complete_generation`].
+    complete_generation: Cell<u64>,
     /// Nodes that this pin met.
     near: NearNodes,
     spin: Spin,
@@ -108,6 +115,7 @@ impl Reader {
         let slot = shared.slots.take().ok_or(ReaderError::TooMany)?;
         shared.segment.announce(slot + 1);
         let (slot_word, writer_sleeps) = (shared.segment.slot(slot), shared.table.writer_sleeps());
+        let (last_node, map_generation) = (shared.table.last_node(), shared.table.map_generation());
         Ok(Reader {
             shared,
             _attachment: attachment,
@@ -118,6 +126,9 @@ impl Reader {
             due: Cell::new(0),
             faults: Cell::new(0),
             pieces: RefCell::default(),
+            last_node,
+            map_generation,
+            complete_generation: Cell::new(0),
             near: NearNodes::default(),
             spin: Spin::default(),
             end_spin: Spin::default(),
@@ -140,7 +151,7 @@ impl Reader {
         // Where everything is, is found out before the fence: no load begins before that is done, so behind it each
         // load that needs another one's result counts in full.
         let shared = &*self.shared;
-        let (signs, root) = (shared.signs(), shared.table.root());
+        let signs = shared.signs();
         if epoch::is_pinned(&self.slot_word) {
             // The outer pin may be an old one, or have been forgotten.
             signs.check()?;
@@ -149,13 +160,15 @@ impl Reader {
         } else {
             // Before the fence: it waits for stores, so that what reads this one back at the end does not have to.
             thread_pins::enter();
+            // What it says was valid under the pin before.
+            self.last_node.forget();
+            self.complete_generation.set(shared.complete_generation());
             epoch::pin(&self.slot_word, &shared.table.header().epoch.word);
             if let Err(down) = signs.check() {
                 return Err(self.refuse(down));
             }
         }
-        // After the pin, as every load of the table.
-        Ok(Guard::new(self, shared, shared.table.top(root)))
+        Ok(Guard::new(self, shared))
     }
 
     #[cold]
@@ -327,15 +340,31 @@ impl Reader {
         self.pieces.borrow().get(at)
     }
 
+    /// The node that this pin looked into last.
+    #[inline(always)]
+    pub(crate) fn last_node(&self) -> &LastNode {
+        &self.last_node
+    }
+
+    /// Whether the table may hold entries into regions that were not mapped when the pin began. `false`: it held none
+    /// when an entry was loaded *before* this was asked. What is mapped stays so for the length of the pin: the daemon
+    /// says that a region goes when no pin can reach it any more.
+    #[inline(always)]
+    pub(crate) fn map_differs(&self) -> bool {
+        // Acquire, after the acquire load of the entry. Its partner is the daemon's bump of the generation, which comes
+        // before its release of the first entry into a new region: who sees the entry sees the generation.
+        self.map_generation.load(Ordering::Acquire) != self.complete_generation.get()
+    }
+
     /// Nodes of the table that this pin met.
     #[inline(always)]
     pub(crate) fn near_nodes(&self) -> &NearNodes {
         &self.near
     }
 
-    /// Keeps the node around `iova` below `top` until the pin ends. `false`: there is none of the usual kind.
-    pub(crate) fn keep_near(&self, top: Top<'_>, iova: u64) -> bool {
-        let kept = self.shared.table.keep_near(&self.near, top, iova);
+    /// Keeps the node around `iova` until the pin ends. `false`: there is none of the usual kind.
+    pub(crate) fn keep_near(&self, iova: u64) -> bool {
+        let kept = self.shared.table.keep_near(&self.near, iova);
         if kept {
             self.due.set(self.due.get() | KEEPS_NODES);
         }

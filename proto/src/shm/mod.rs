@@ -9,4 +9,4 @@ pub mod view;
 
 pub use mapping::{Mapping, MappingError, SharedWords};
 pub use memfd::MemfdError;
-pub use view::{SharedObject, SharedSlice};
+pub use view::{SharedChoice, SharedObject, SharedSlice};

@@ -1,5 +1,6 @@
 //! Typed views that keep their mapping alive: bounds are checked once, at the start.
 
+use std::cell::Cell;
 use std::fmt;
 use std::ops::Deref;
 use std::ptr::NonNull;
@@ -41,6 +42,12 @@ impl<T: SharedWords> Deref for SharedSlice<T> {
     }
 }
 
+impl<T: SharedWords> Clone for SharedSlice<T> {
+    fn clone(&self) -> Self {
+        SharedSlice { slice: self.slice, mapping: Arc::clone(&self.mapping) }
+    }
+}
+
 impl<T: SharedWords> fmt::Debug for SharedSlice<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SharedSlice").field("count", &self.slice.len()).field("mapping", &self.mapping).finish()
@@ -77,3 +84,43 @@ impl<T: SharedWords> Deref for SharedObject<T> {
         unsafe { self.0.slice.cast::<T>().as_ref() }
     }
 }
+
+/// One object of a slice, and another one later: to get at it takes no look at the bounds. For one thread at a time.
+#[derive(Debug)]
+pub struct SharedChoice<T: SharedWords> {
+    slice: SharedSlice<T>,
+    /// Points into the slice.
+    chosen: Cell<Option<NonNull<T>>>,
+}
+
+impl<T: SharedWords> SharedChoice<T> {
+    /// Chooses none.
+    #[must_use]
+    pub fn new(slice: SharedSlice<T>) -> SharedChoice<T> {
+        SharedChoice { slice, chosen: Cell::new(None) }
+    }
+
+    /// Chooses this one, or none if there is no such.
+    pub fn choose(&self, index: Option<usize>) {
+        self.chosen.set(index.and_then(|index| self.slice.get(index)).map(NonNull::from));
+    }
+
+    /// The one that was chosen last.
+    #[inline(always)]
+    #[must_use]
+    pub fn chosen(&self) -> Option<&T> {
+        // SAFETY: `choose` took the pointer from a reference into `self.slice`, which keeps the mapping for as long as
+        // it lives.
+        self.chosen.get().map(|object| unsafe { object.as_ref() })
+    }
+
+    /// All of them.
+    #[inline(always)]
+    #[must_use]
+    pub fn all(&self) -> &[T] {
+        &self.slice
+    }
+}
+
+// SAFETY: what it points to is atomics only, in a mapping that it keeps; nothing belongs to one thread.
+unsafe impl<T: SharedWords> Send for SharedChoice<T> {}

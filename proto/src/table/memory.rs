@@ -174,6 +174,10 @@ mod mapped {
             &self.nodes
         }
 
+        pub(in crate::table) fn nodes_object(&self) -> &SharedSlice<Node> {
+            &self.nodes
+        }
+
         /// The copies of the side array.
         #[inline]
         #[must_use]
@@ -224,7 +228,7 @@ mod model {
     }
 
     impl TableMemory {
-        /// A table of `nodes` nodes and one queue.
+        /// A table of one queue and `nodes` nodes that can be used.
         #[must_use]
         pub fn model(nodes: u32) -> TableMemory {
             count_fence();
@@ -253,7 +257,7 @@ mod model {
             let side_entry = |_| SideEntry { first: zero(), last: zero(), target: zero() };
             TableMemory(std::sync::Arc::new(Parts {
                 header,
-                nodes: (0..nodes).map(|_| Node { entries: std::array::from_fn(|_| zero()) }).collect(),
+                nodes: (0..=nodes).map(|_| Node { entries: std::array::from_fn(|_| zero()) }).collect(),
                 side: (0..SIDE_COPIES)
                     .map(|_| SideCopy { entries: std::array::from_fn::<_, SIDE_CAPACITY, _>(side_entry) })
                     .collect(),

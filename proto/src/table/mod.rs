@@ -4,6 +4,8 @@
 //! queue records, the generations and the grace-period bookkeeping. Any number of readers ([`TableReader`]) map the
 //! same memory read-only. [`memory`] says where in the segment each part is.
 
+#[cfg(not(loom))]
+pub mod last;
 pub mod memory;
 #[cfg(not(loom))]
 pub mod reader;
@@ -12,6 +14,8 @@ pub mod side;
 pub mod translation;
 pub mod writer;
 
+#[cfg(not(loom))]
+pub use last::LastNode;
 pub use memory::{TableError, TableMemory};
 #[cfg(not(loom))]
 pub use reader::TableReader;

@@ -2,12 +2,12 @@
 
 use std::os::fd::BorrowedFd;
 
-use super::{QueueRecord, TableError, TableMemory, Translation};
+use super::{LastNode, QueueRecord, TableError, TableMemory, Translation};
 use crate::access::Access;
 use crate::layout::table::TableHeader;
 use crate::shm::SharedObject;
 use crate::sync::{AtomicU64, Ordering};
-use crate::tree::{Leaf, NearNodes, Top};
+use crate::tree::{Leaf, NearNodes};
 
 /// Attempts to copy a queue record between two of the daemon's changes. One change is some ten stores, and they are
 /// rare.
@@ -35,6 +35,13 @@ impl TableReader {
         self.memory.header()
     }
 
+    /// [`State::memory_map_generation`](crate::layout::table::State::memory_map_generation), for who looks at it with
+    /// each lookup.
+    #[must_use]
+    pub fn map_generation(&self) -> SharedObject<AtomicU64> {
+        self.memory.header_object().part(|header| &header.state.memory_map_generation)
+    }
+
     /// [`Wake::writer_sleeps`](crate::layout::table::Wake::writer_sleeps), for who looks at it all the time.
     #[must_use]
     pub fn writer_sleeps(&self) -> SharedObject<AtomicU64> {
@@ -55,38 +62,24 @@ impl TableReader {
         self.memory.lookup_leaf(iova)
     }
 
-    /// Where the root word is, for a reader that finds that out before its fence and asks for the [`TableReader::top`]
-    /// after it.
-    #[inline(always)]
-    #[must_use]
-    pub fn root(&self) -> &AtomicU64 {
-        &self.memory.header().roots.tree
+    /// The root word. Acquire pairs with its release stores in `tree::edit`.
+    #[inline]
+    fn root(&self) -> u64 {
+        self.memory.header().roots.tree.load(Ordering::Acquire)
     }
 
-    /// The short way to most leaves, for as long as the present pin lasts. What it does not find,
-    /// [`TableReader::lookup_leaf`] still may. `root` is [`TableReader::root`].
-    #[inline(always)]
+    /// A place for the node that was looked into last; none was.
     #[must_use]
-    pub fn top(&self, root: &AtomicU64) -> Top<'_> {
-        // Acquire pairs with the release stores of the root word in `tree::edit`.
-        Top::new(root.load(Ordering::Acquire), self.memory.nodes())
+    pub fn last_node(&self) -> LastNode {
+        LastNode::new(self.memory.nodes_object().clone())
     }
 
-    /// The word of the 4 KiB page around `iova` below `top`, which comes from this table; see [`Top::word`].
-    #[inline(always)]
-    #[must_use]
-    pub fn page_word<'t>(&'t self, top: Top<'t>, iova: u64) -> Option<&'t AtomicU64> {
-        top.word(self.memory.nodes(), iova)
+    /// Has `last`, which is of this table, begin at the GiB around `iova` for as long as the present pin lasts.
+    pub fn begin_at(&self, last: &LastNode, iova: u64) {
+        last.begin_at(self.root(), iova);
     }
 
-    /// The entry of the page around `iova` below `top`, which comes from this table; see [`Top::page`].
-    #[inline(always)]
-    #[must_use]
-    pub fn page<'t>(&'t self, top: Top<'t>, iova: u64, access: Access) -> Option<u64> {
-        top.page(self.memory.nodes(), iova, access)
-    }
-
-    /// As [`TableReader::page`], when the node is one of `near`, which this pin met in this table; see
+    /// The entry of the page around `iova`, when its node is one of `near`, which this pin met in this table; see
     /// [`NearNodes::page`].
     #[inline(always)]
     #[must_use]
@@ -94,10 +87,10 @@ impl TableReader {
         near.page(self.memory.nodes(), iova, access)
     }
 
-    /// Keeps the node around `iova` below `top` in `near`; see [`NearNodes::keep`].
+    /// Keeps the node around `iova` in `near`; see [`NearNodes::keep`].
     #[inline]
-    pub fn keep_near(&self, near: &NearNodes, top: Top<'_>, iova: u64) -> bool {
-        near.keep(top, self.memory.nodes(), iova)
+    pub fn keep_near(&self, near: &NearNodes, iova: u64) -> bool {
+        near.keep(self.root(), self.memory.nodes(), iova)
     }
 
     /// The byte-granular range around `iova`, which counts only when the tree has no leaf there.

@@ -72,7 +72,7 @@ impl Tree {
     /// Nodes free, waiting for a grace period, and in all.
     #[must_use]
     pub fn nodes(&self) -> (usize, usize, usize) {
-        (self.pool.available(), self.pool.retired(), self.pool.total() as usize)
+        (self.pool.available(), self.pool.retired(), self.pool.total())
     }
 
     /// Nodes that inserting anything up to `last` can take: a path or a split at each of the two edges of the range,

@@ -1,67 +1,67 @@
 //! One word of a node, and the root word.
 //!
 //! ```text
-//! 63                               12 11      4  3  2  1  0
-//! | target page, or child node number | 0       |W |R |L |P |      P present, L leaf
+//!  63  62  61  60                       9 8       0
+//! | R | W | L | target / 8                         |      a leaf: L is set
+//! | 0 | 0 | 0 | child node number                  |      a link
+//! | 0                                              |      nothing
 //! ```
+//!
+//! Made so that a lookup has little to do. A link is the number of a node, as it is, and no other word is as small as
+//! one. Nothing is the number of [`NOTHING`], a node that is always empty: who follows it finds nothing at the end. Who
+//! asks whether a leaf may be read or written need not ask whether it is one: no other word has these bits.
 
 use crate::access::Access;
-use crate::iova::{PAGE_MASK, PAGE_SHIFT};
+use crate::iova::PAGE_MASK;
 
 /// Nothing here.
 pub const EMPTY: u64 = 0;
-const PRESENT: u64 = 1;
-const LEAF: u64 = 2;
-const ACCESS_SHIFT: u32 = 2;
+/// The node that an [`EMPTY`] entry would link to: no entry is ever put into it.
+pub const NOTHING: u32 = 0;
+
+/// Bits above a target.
+const FLAG_BITS: u32 = 3;
+const LEAF: u64 = 1 << 61;
+const WRITE: u64 = 1 << 62;
+const READ: u64 = 1 << 63;
 
 /// A leaf: `target` is page aligned.
 #[inline]
 #[must_use]
 pub const fn leaf(target: u64, access: Access) -> u64 {
-    target & !PAGE_MASK | (access.bits() as u64) << ACCESS_SHIFT | LEAF | PRESENT
+    (target & !PAGE_MASK) >> FLAG_BITS | LEAF | access_bits(access)
 }
 
-/// A link to a child node.
+/// A link to a child node, which is not [`NOTHING`].
 #[inline]
 #[must_use]
 pub const fn link(node: u32) -> u64 {
-    (node as u64) << PAGE_SHIFT | PRESENT
+    node as u64
 }
 
 /// Whether there is a leaf or a child.
 #[inline]
 #[must_use]
 pub const fn is_present(entry: u64) -> bool {
-    entry & PRESENT != 0
+    entry != EMPTY
 }
 
-/// Whether a present entry is a leaf.
+/// Whether an entry is a leaf.
 #[inline]
 #[must_use]
 pub const fn is_leaf(entry: u64) -> bool {
     entry & LEAF != 0
 }
 
-/// Node number of a link.
+/// Node number of a link, [`NOTHING`] of an empty entry, and of a leaf a number that no table has a node for. So one
+/// comparison with the number of nodes tells whether there is somewhere to go on.
 #[inline]
 #[must_use]
 pub const fn child(entry: u64) -> usize {
-    // 52 bits fit a usize: the crate is for 64-bit targets only.
+    // Fits: the crate is for 64-bit targets only.
     #[allow(clippy::cast_possible_truncation)]
     {
-        (entry >> PAGE_SHIFT) as usize
-    }
-}
-
-/// Node number of a link; for everything else a number that no table has a node for. So one comparison with the number
-/// of nodes tells whether there is a link and whether it can be followed.
-#[inline]
-#[must_use]
-pub const fn child_if_link(entry: u64) -> usize {
-    // The flags of a link are PRESENT alone, so none are left; any others become bits above 51 here.
-    #[allow(clippy::cast_possible_truncation)]
-    {
-        entry.wrapping_sub(PRESENT).rotate_right(PAGE_SHIFT) as usize
+        entry as usize
     }
 }
 
@@ -69,7 +69,7 @@ pub const fn child_if_link(entry: u64) -> usize {
 #[inline]
 #[must_use]
 pub const fn is_leaf_for(entry: u64, access: Access) -> bool {
-    let wanted = leaf(0, access);
+    let wanted = if access.is_none() { LEAF } else { access_bits(access) };
     entry & wanted == wanted
 }
 
@@ -77,19 +77,34 @@ pub const fn is_leaf_for(entry: u64, access: Access) -> bool {
 #[inline]
 #[must_use]
 pub const fn target(entry: u64) -> u64 {
-    entry & !PAGE_MASK
+    entry << FLAG_BITS & !PAGE_MASK
 }
 
 /// Permissions of a leaf.
 #[inline]
 #[must_use]
 pub const fn access(entry: u64) -> Access {
-    match (entry >> ACCESS_SHIFT) & 3 {
-        0 => Access::NONE,
-        1 => Access::READ,
-        2 => Access::WRITE,
-        _ => Access::READ_WRITE,
+    match (entry & READ != 0, entry & WRITE != 0) {
+        (false, false) => Access::NONE,
+        (true, false) => Access::READ,
+        (false, true) => Access::WRITE,
+        (true, true) => Access::READ_WRITE,
     }
+}
+
+/// A number for the entry, so that the leaves of a run of targets lie between those of its first and last one, whatever
+/// they allow, and empty entries below all.
+#[inline]
+#[must_use]
+pub const fn by_target(entry: u64) -> u64 {
+    entry.rotate_left(FLAG_BITS)
+}
+
+#[inline]
+const fn access_bits(access: Access) -> u64 {
+    let read = if access.allows(Access::READ) { READ } else { 0 };
+    let write = if access.allows(Access::WRITE) { WRITE } else { 0 };
+    read | write
 }
 
 /// The root word of a tree with `height` levels, at least one.
@@ -110,7 +125,6 @@ pub const fn root_node(root: u64) -> usize {
 }
 
 /// Node number of a root word of that height, at most 255; for every other one a number that no table has a node for.
-/// The twin of [`child_if_link`].
 #[inline]
 #[must_use]
 pub const fn root_node_if(root: u64, height: u32) -> usize {
@@ -134,10 +148,27 @@ mod tests {
 
     #[test]
     fn only_a_link_has_a_node_number() {
-        for node in [0, 1, 4711, u32::MAX] {
-            assert_eq!(child_if_link(link(node)), child(link(node)));
-            for flags in (0..=PAGE_MASK).filter(|flags| *flags != PRESENT) {
-                assert!(child_if_link(u64::from(node) << PAGE_SHIFT | flags) > u32::MAX as usize, "{node} {flags:#x}");
+        for node in [1, 4711, u32::MAX] {
+            assert_eq!(child(link(node)), node as usize);
+            assert!(is_present(link(node)) && !is_leaf(link(node)));
+        }
+        assert_eq!(child(EMPTY), NOTHING as usize);
+        for access in [Access::NONE, Access::READ, Access::WRITE, Access::READ_WRITE] {
+            for target in [0, 0x1000, 0x7fff_f000, !PAGE_MASK] {
+                assert!(child(leaf(target, access)) > u32::MAX as usize, "{target:#x} {access:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_leaf_says_what_it_was_made_of() {
+        for given in [Access::NONE, Access::READ, Access::WRITE, Access::READ_WRITE] {
+            for to in [0, 0x1000, 0x7fff_f000, !PAGE_MASK] {
+                let made = leaf(to | 0x123, given);
+                assert!(is_present(made) && is_leaf(made));
+                assert_eq!((target(made), access(made)), (to, given));
+                assert!(by_target(made) > by_target(EMPTY));
+                assert!((by_target(leaf(to, Access::NONE))..=to | PAGE_MASK).contains(&by_target(made)));
             }
         }
     }

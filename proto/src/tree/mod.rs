@@ -78,14 +78,14 @@ pub mod slice;
 pub mod span;
 pub mod targets;
 #[cfg(all(test, not(loom)))]
-mod testing;
+pub(crate) mod testing;
 pub mod walk;
 
 pub use edit::{NeedsNodes, Tree, TreeView};
 pub use near::NearNodes;
 pub use slice::{Budget, SLICE_WORDS};
 pub use targets::TargetRemoval;
-pub use walk::{Leaf, Top, lookup};
+pub use walk::{Leaf, lookup};
 
 use crate::iova::PAGE_SHIFT;
 use crate::layout::table::NODE_BITS;

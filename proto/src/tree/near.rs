@@ -6,8 +6,9 @@
 
 use std::cell::Cell;
 
+use super::entry::NOTHING;
 use super::level_shift;
-use super::walk::{Top, leaf_in, word_of};
+use super::walk::{leaf_in, lowest_node, middle_node, word_of};
 use crate::access::Access;
 use crate::layout::table::Node;
 
@@ -38,7 +39,7 @@ impl Default for NearNodes {
 }
 
 impl NearNodes {
-    /// As [`Top::page`], in one step, when the node is kept.
+    /// The entry of the page around `iova`, when its node is kept and it is a leaf that allows `access`.
     #[inline(always)]
     #[must_use]
     pub fn page(&self, nodes: &[Node], iova: u64, access: Access) -> Option<u64> {
@@ -49,10 +50,13 @@ impl NearNodes {
         leaf_in(word_of(nodes, kept.node, iova)?, access)
     }
 
-    /// Keeps the node around `iova`. `false`: there is none that [`Top::page`] would look into.
+    /// Keeps the node around `iova`, below the root word as it is now. `false`: there is none in a tree of the usual
+    /// height.
     #[inline]
-    pub fn keep(&self, top: Top<'_>, nodes: &[Node], iova: u64) -> bool {
-        let node = top.lowest(nodes, iova).filter(|node| *node < nodes.len());
+    pub fn keep(&self, root: u64, nodes: &[Node], iova: u64) -> bool {
+        let middle = middle_node(root, nodes, iova).and_then(|node| nodes.get(node));
+        let node = middle.map(|middle| lowest_node(middle, iova));
+        let node = node.filter(|node| *node != NOTHING as usize && *node < nodes.len());
         if let Some(node) = node {
             self.kept[slot(iova)].set(Kept { place: place(iova), node });
         }
@@ -112,10 +116,9 @@ mod tests {
         for (n, iova) in (1..).zip(&places) {
             insert(&mut table, *iova, n << 12);
         }
-        let top = reader.top(reader.root());
         for (n, iova) in (1..).zip(&places) {
             assert_eq!(page(&reader, &near, *iova), None, "not met yet");
-            assert!(reader.keep_near(&near, top, *iova));
+            assert!(reader.keep_near(&near, *iova));
             assert_eq!(page(&reader, &near, *iova + 7), leaf(n << 12));
             assert_eq!(reader.page_near(&near, *iova, Access::WRITE), None);
             assert_eq!(page(&reader, &near, *iova + 4096), None);
@@ -127,19 +130,18 @@ mod tests {
     }
 
     #[test]
-    fn a_node_is_kept_where_a_top_finds_one() {
+    fn a_node_is_kept_where_the_usual_tree_has_one() {
         let (mut table, reader) = tables();
         let near = NearNodes::default();
         insert(&mut table, 0, 0x1000);
-        assert!(!reader.keep_near(&near, reader.top(reader.root()), 0), "not the usual tree");
+        assert!(!reader.keep_near(&near, 0), "not the usual tree");
         insert(&mut table, GIB, 0x2000);
-        let top = reader.top(reader.root());
         for nowhere in [2 * GIB, GIB + PLACE, 1 << 45, u64::MAX] {
-            assert!(!reader.keep_near(&near, top, nowhere), "{nowhere:#x}");
+            assert!(!reader.keep_near(&near, nowhere), "{nowhere:#x}");
             assert_eq!(page(&reader, &near, nowhere), None, "{nowhere:#x}");
         }
         // No entry for this page yet, but a node that will have it.
-        assert!(reader.keep_near(&near, top, GIB + 4096));
+        assert!(reader.keep_near(&near, GIB + 4096));
         assert_eq!(page(&reader, &near, GIB + 4096), None);
         insert(&mut table, GIB + 4096, 0x3000);
         assert_eq!(page(&reader, &near, GIB + 4096), leaf(0x3000));
@@ -150,25 +152,25 @@ mod tests {
         let (mut table, reader) = tables();
         let near = NearNodes::default();
         insert(&mut table, GIB, 0x2000);
-        assert!(reader.keep_near(&near, reader.top(reader.root()), GIB));
+        assert!(reader.keep_near(&near, GIB));
         table.remove(IovaRange::new(GIB, GIB + PLACE - 1).expect("a range"));
         insert(&mut table, GIB, 0x4000);
         // The removal is not acknowledged before this pin has ended.
         assert_eq!(page(&reader, &near, GIB), leaf(0x2000));
         near.clear();
         assert_eq!(page(&reader, &near, GIB), None);
-        assert!(reader.keep_near(&near, reader.top(reader.root()), GIB));
+        assert!(reader.keep_near(&near, GIB));
         assert_eq!(page(&reader, &near, GIB), leaf(0x4000));
     }
 
     #[test]
     fn a_broken_writer_leads_nowhere() {
-        let nodes = [empty_node(), empty_node()];
-        nodes[0].entries[0].store(entry::link(1), Ordering::Relaxed);
+        let nodes = [empty_node(), empty_node(), empty_node()];
+        nodes[1].entries[0].store(entry::link(2), Ordering::Relaxed);
         for link in NO_LINKS {
-            nodes[1].entries[0].store(link, Ordering::Relaxed);
+            nodes[2].entries[0].store(link, Ordering::Relaxed);
             let near = NearNodes::default();
-            assert!(!near.keep(Top::new(entry::root(0, 3), &nodes), &nodes, 0), "{link:#x}");
+            assert!(!near.keep(entry::root(1, 3), &nodes, 0), "{link:#x}");
             assert_eq!(near.page(&nodes, 0, Access::NONE), None, "{link:#x}");
         }
     }

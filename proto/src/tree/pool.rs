@@ -2,10 +2,14 @@
 
 use std::collections::VecDeque;
 
+use super::entry::NOTHING;
 use super::slice::Budget;
 use crate::epoch::{Grace, Stamp};
 use crate::layout::table::Node;
 use crate::sync::Ordering;
+
+/// The first node that is used, after [`NOTHING`].
+const FIRST_NODE: usize = NOTHING as usize + 1;
 
 /// What freeing one node counts for in a slice: a number moves from one list to another.
 const RECLAIM_WORDS: usize = 4;
@@ -30,8 +34,10 @@ pub(super) struct NodeInfo {
 /// The nodes of a table.
 #[derive(Debug)]
 pub(super) struct Pool {
-    /// Nodes `0..infos.len()` were used at least once; the others are untouched zeros, and cost no memory yet.
+    /// Nodes `0..infos.len()` were used at least once, but for [`NOTHING`], which never is; the others are untouched
+    /// zeros, and cost no memory yet.
     infos: Vec<NodeInfo>,
+    /// [`NOTHING`] counted.
     total: u32,
     /// Last in, first out: what was used last is warm.
     free: Vec<u32>,
@@ -41,23 +47,24 @@ pub(super) struct Pool {
 
 impl Pool {
     pub(super) fn new(total: u32) -> Pool {
-        Pool { infos: Vec::new(), total, free: Vec::new(), retired: VecDeque::new() }
+        Pool { infos: vec![NodeInfo::default(); FIRST_NODE], total, free: Vec::new(), retired: VecDeque::new() }
     }
 
-    pub(super) fn total(&self) -> u32 {
-        self.total
+    /// Nodes that can be used at all.
+    pub(super) fn total(&self) -> usize {
+        (self.total as usize).saturating_sub(FIRST_NODE)
     }
 
     /// Nodes that can be allocated now.
     pub(super) fn available(&self) -> usize {
-        self.free.len() + (self.total as usize - self.infos.len())
+        self.free.len() + (self.total as usize).saturating_sub(self.infos.len())
     }
 
     pub(super) fn retired(&self) -> usize {
         self.retired.len()
     }
 
-    /// Nodes ever used.
+    /// Nodes with smaller numbers were used at least once.
     pub(super) fn touched(&self) -> usize {
         self.infos.len()
     }

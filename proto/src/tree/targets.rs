@@ -17,7 +17,7 @@ use crate::access::Access;
 use crate::epoch::Stamp;
 use crate::iova::PAGE_MASK;
 use crate::layout::table::{NODE_ENTRIES, Node};
-use crate::sync::Ordering;
+use crate::sync::{AtomicU64, Ordering};
 
 /// How far a removal by target is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -159,10 +159,10 @@ impl Tree {
 
 /// Leaves of a lowest-level node that lead there.
 fn count(node: &Node, removal: &TargetRemoval) -> u16 {
-    // A subtraction and a comparison an entry, and no branch, since no processor could guess which entries match. Seen
-    // as numbers, leaves of the pages in question lie between two bounds, whatever they allow; an empty entry is below.
-    let lowest = entry::leaf(removal.targets.start() & !PAGE_MASK, Access::NONE);
+    // A subtraction and a comparison an entry, and no branch, since no processor could guess which entries match.
+    let lowest = entry::by_target(entry::leaf(removal.targets.start() & !PAGE_MASK, Access::NONE));
     let width = (removal.targets.end() | PAGE_MASK) - lowest;
     // Relaxed: only this writer stores.
-    node.entries.iter().map(|word| u16::from(word.load(Ordering::Relaxed).wrapping_sub(lowest) <= width)).sum()
+    let number = |word: &AtomicU64| entry::by_target(word.load(Ordering::Relaxed));
+    node.entries.iter().map(|word| u16::from(number(word).wrapping_sub(lowest) <= width)).sum()
 }

@@ -1,8 +1,9 @@
 //! The reader's lookup: loads, one a level.
 //!
-//! [`lookup`] begins at the root word and finds every leaf. [`Top`] is the short way for what nearly all lookups of a
-//! guest's driver are: a 4 KiB page below 512 GiB. It keeps the root node, so that three loads are left and no loop,
-//! for as long as the pin lasts.
+//! [`lookup`] begins at the root word and finds every leaf. What nearly all lookups of a guest's driver are, a 4 KiB
+//! page below 512 GiB near those before, goes a shorter way: the node of the GiB that was looked into last is kept
+//! ([`LastNode`](crate::table::LastNode)), or lowest nodes are ([`super::near`]), for as long as the pin lasts. Then
+//! two loads are left, or one, and no loop.
 //!
 //! # Why a node may be kept for the length of a pin
 //!
@@ -103,56 +104,35 @@ pub fn lookup(root: u64, nodes: &[Node], iova: u64) -> Option<Leaf> {
     }
 }
 
-/// The levels of the trees that [`Top`] serves: they reach 512 GiB.
+/// The levels of the trees that have a short way: they reach 512 GiB.
 const TOP_HEIGHT: u32 = 3;
 
-/// The root node of a tree of three levels; kept for the length of a pin. One word, since every pin stores it; so the
-/// table's nodes are named again with each question.
-#[derive(Clone, Copy, Debug)]
-pub struct Top<'t> {
-    /// `None`: the tree has another height.
-    node: Option<&'t Node>,
+/// The number of the GiB around `iova`.
+#[inline(always)]
+pub(crate) const fn gib_of(iova: u64) -> u64 {
+    iova >> level_shift(2)
 }
 
-impl<'t> Top<'t> {
-    /// The root node that a root word names, which the pin found.
-    #[inline(always)]
-    #[must_use]
-    pub fn new(root: u64, nodes: &'t [Node]) -> Top<'t> {
-        Top { node: nodes.get(entry::root_node_if(root, TOP_HEIGHT)) }
-    }
+/// The number of the node of the GiB around `iova`, below a root word: that of the empty node, or past the end of
+/// `nodes`, when there is none. `None`: the tree has another height.
+pub(crate) fn middle_node(root: u64, nodes: &[Node], iova: u64) -> Option<usize> {
+    let top = nodes.get(entry::root_node_if(root, TOP_HEIGHT))?;
+    // Fits: the crate is for 64-bit targets only. Not masked: an address too high is past the end.
+    #[allow(clippy::cast_possible_truncation)]
+    let word = top.entries.get(gib_of(iova) as usize)?;
+    // Acquire, here and below, as in `lookup`.
+    Some(entry::child(word.load(Ordering::Acquire)))
+}
 
-    /// The word of the 4 KiB page around `iova`, whatever it says. `None`: no such word here; ask [`lookup`]. `nodes`
-    /// are those the root node is one of.
-    #[inline(always)]
-    #[must_use]
-    pub fn word(self, nodes: &'t [Node], iova: u64) -> Option<&'t AtomicU64> {
-        word_of(nodes, self.lowest(nodes, iova)?, iova)
-    }
-
-    /// The number of the lowest node around `iova`; `None`, or past the end of `nodes`, when there is none.
-    #[inline(always)]
-    pub(super) fn lowest(self, nodes: &[Node], iova: u64) -> Option<usize> {
-        // Fits: the crate is for 64-bit targets only. Not masked: an address too high is past the end.
-        #[allow(clippy::cast_possible_truncation)]
-        let number = (iova >> level_shift(2)) as usize;
-        // Acquire, here and below, as in `lookup`.
-        let upper = self.node?.entries.get(number)?.load(Ordering::Acquire);
-        let middle = &nodes.get(entry::child_if_link(upper))?.entries[index(iova, level_shift(1))];
-        Some(entry::child_if_link(middle.load(Ordering::Acquire)))
-    }
-
-    /// The entry of the page around `iova`, when it is a leaf that allows `access`.
-    #[inline(always)]
-    #[must_use]
-    pub fn page(self, nodes: &'t [Node], iova: u64, access: Access) -> Option<u64> {
-        leaf_in(self.word(nodes, iova)?, access)
-    }
+/// The number of the lowest node around `iova`, below that of its GiB: as in [`middle_node`], when there is none.
+#[inline(always)]
+pub(crate) fn lowest_node(middle: &Node, iova: u64) -> usize {
+    entry::child(middle.entries[index(iova, level_shift(1))].load(Ordering::Acquire))
 }
 
 /// The word of the 4 KiB page around `iova` in the lowest node with this number, if there is such a node.
 #[inline(always)]
-pub(super) fn word_of(nodes: &[Node], lowest: usize, iova: u64) -> Option<&AtomicU64> {
+pub(crate) fn word_of(nodes: &[Node], lowest: usize, iova: u64) -> Option<&AtomicU64> {
     Some(&nodes.get(lowest)?.entries[index(iova, level_shift(0))])
 }
 
@@ -177,47 +157,23 @@ pub(super) const fn index(iova: u64, shift: u32) -> usize {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-    use crate::iova::IovaRange;
-    use crate::table::TableWriter;
-    use crate::tree::testing::{NO_LINKS, empty_node, insert, tables};
-
-    const PAGE: u64 = 1 << 30;
-    const TARGET: u64 = 0x5000;
-
-    #[test]
-    fn a_kept_root_finds_what_it_held_and_never_anything_else() {
-        let (mut table, reader) = tables();
-        insert(&mut table, 0, TARGET);
-        assert_eq!(reader.page(reader.top(reader.root()), 0, Access::READ), None, "one level is not the usual tree");
-        insert(&mut table, PAGE, TARGET);
-        let leaf = Some(entry::leaf(TARGET, Access::READ));
-        let top = reader.top(reader.root());
-        let found = |table: &TableWriter| {
-            (reader.page(top, PAGE + 7, Access::READ), table.memory().lookup_leaf(PAGE).is_some())
-        };
-        assert_eq!(found(&table), (leaf, true));
-        assert_eq!(reader.page(top, PAGE, Access::WRITE), None);
-        insert(&mut table, 1 << 45, TARGET);
-        assert_eq!(found(&table), (leaf, true), "the tree grew");
-        assert_eq!((reader.page(top, 1 << 45, Access::READ), reader.page(top, u64::MAX, Access::READ)), (None, None));
-        table.remove(IovaRange::page_of(PAGE));
-        assert_eq!(found(&table), (None, false));
-        table.clear();
-        insert(&mut table, PAGE, TARGET);
-        assert_eq!(found(&table), (None, true), "a new root, since no grace period has passed");
-        assert_eq!(reader.page(reader.top(reader.root()), PAGE, Access::READ), leaf);
-    }
+    use crate::tree::testing::{NO_LINKS, empty_node};
 
     #[test]
     fn a_broken_writer_leads_nowhere() {
-        let nodes = [empty_node(), empty_node()];
-        assert_eq!(Top::new(entry::root(2, 3), &nodes).page(&nodes, 0, Access::NONE), None);
+        let nodes = [empty_node(), empty_node(), empty_node()];
+        let entry_of = |root| {
+            let lowest = lowest_node(nodes.get(middle_node(root, &nodes, 0)?)?, 0);
+            word_of(&nodes, lowest, 0).map(|word| word.load(Ordering::Relaxed)).filter(|found| *found != entry::EMPTY)
+        };
+        assert_eq!((entry_of(entry::root(3, 3)), entry_of(entry::root(1, 2))), (None, None));
         for link in NO_LINKS {
-            nodes[0].entries[0].store(link, Ordering::Relaxed);
-            assert_eq!(Top::new(entry::root(0, 3), &nodes).page(&nodes, 0, Access::NONE), None, "{link:#x}");
-            nodes[0].entries[0].store(entry::link(1), Ordering::Relaxed);
             nodes[1].entries[0].store(link, Ordering::Relaxed);
-            assert_eq!(Top::new(entry::root(0, 3), &nodes).page(&nodes, 0, Access::NONE), None, "{link:#x}");
+            assert_eq!(entry_of(entry::root(1, 3)), None, "{link:#x}");
+            nodes[1].entries[0].store(entry::link(2), Ordering::Relaxed);
+            nodes[2].entries[0].store(link, Ordering::Relaxed);
+            assert_eq!(entry_of(entry::root(1, 3)), None, "{link:#x}");
+            nodes[2].entries[0].store(entry::EMPTY, Ordering::Relaxed);
         }
     }
 }
