@@ -147,6 +147,43 @@ fn workers_that_take_turns_holding_pins_do_not_hold_the_reply() {
 }
 
 #[test]
+fn who_attaches_while_the_reply_waits_does_not_hold_it() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let old = RawWorker::attach(&server.control());
+    let mut front_end = front_end(&server);
+    publish(&mut front_end);
+    old.pin();
+    let mut new = None;
+    let result = front_end.invalidate_and(IOVA, PAGE_SIZE, |_| {
+        old.wait_until_held();
+        // Never seen free, but the table that it reads was without the page before it had it.
+        let worker = RawWorker::attach(&server.control());
+        worker.segment.announce(1);
+        worker.segment.slot(0).store(FIRST_EPOCH, Ordering::Release);
+        new = Some(worker);
+        old.unpin();
+        Ok(())
+    });
+    result.expect("acknowledged: nobody who was there holds it");
+    let new = new.expect("attached");
+    new.unpin();
+    // It counts for the next one, as everybody does.
+    front_end.push_update(IOVA).expect("acknowledged");
+    new.pin();
+    let mut held = false;
+    let result = front_end.invalidate_and(IOVA, PAGE_SIZE, |_| {
+        new.wait_until_held();
+        held = true;
+        new.unpin();
+        Ok(())
+    });
+    result.expect("acknowledged");
+    assert!(held);
+    server.stop();
+}
+
+#[test]
 fn an_invalidation_nobody_waits_for_any_more_is_no_figure_of_the_next_session() {
     let _watchdog = watchdog();
     let folder = tempfile::tempdir().expect("a folder");

@@ -239,7 +239,8 @@ impl EventLoop {
         let doorbell = Arc::new(doorbell);
         let bell = Arc::clone(&doorbell);
         // From here on its slots count, and only then does it get what it can pin with.
-        self.registry.insert(Worker::new(id, hello.label, process, segment, doorbell, Link::new(socket)));
+        let target = self.device.grace_target();
+        self.registry.insert(Worker::new(id, hello.label, process, segment, doorbell, Link::new(socket), target));
         let facts = &self.facts;
         let welcome = Welcome {
             worker: id.0,

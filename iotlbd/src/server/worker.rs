@@ -25,7 +25,7 @@ pub(crate) struct Worker {
     /// `None`: the connection is gone and the process lives. A stall, not a drain.
     pub(crate) link: Option<Link>,
     pub(crate) stall: Stall,
-    /// The newest grace period that every slot was seen to let pass.
+    /// The newest grace period that every slot was seen to let pass, or that was waited for when the worker came.
     passed: u64,
     /// Cells whose misses the device works on.
     pending: CellSet,
@@ -35,6 +35,9 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
+    /// A worker that comes while the grace period `target` is waited for, if one is. It does not count for that one: it
+    /// gets what it can pin with after the fence (see `iotlb_proto::epoch`). Did it count, workers that come and go in
+    /// turns would hold a reply for ever, and none of them for long.
     pub(crate) fn new(
         id: WorkerId,
         label: String,
@@ -42,6 +45,7 @@ impl Worker {
         segment: WorkerSegment,
         doorbell: Arc<OwnedFd>,
         link: Link,
+        target: Option<u64>,
     ) -> Worker {
         Worker {
             id,
@@ -51,7 +55,7 @@ impl Worker {
             doorbell,
             link: Some(link),
             stall: Stall::default(),
-            passed: 0,
+            passed: target.unwrap_or(0),
             pending: CellSet::default(),
             again: CellSet::default(),
         }

@@ -47,6 +47,8 @@
 //! The argument is about one pin and one slot, so slots need not be free at the same time: each is done with once it
 //! was seen at 0 or at least E after F_w. A pin that comes later, with whatever epoch, is one of the first case.
 //!
+//! A worker that gets the table after F_w has nothing but pins of the first case, whatever its slots hold.
+//!
 //! A new reader slot is announced by a mark in the slot before it, stored before the first pin's F_r. A writer that
 //! misses the mark has F_w before that F_r: first case.
 //!
