@@ -48,6 +48,8 @@ mod poller;
 mod process;
 mod registry;
 mod stall;
+#[cfg(test)]
+mod tests;
 mod turn;
 mod worker;
 mod workers;

@@ -77,6 +77,12 @@ impl Process {
         Ok(Process { pidfd: peer })
     }
 
+    /// Whatever process, for tests.
+    #[cfg(test)]
+    pub(crate) fn unverified(pidfd: OwnedFd) -> Process {
+        Process { pidfd }
+    }
+
     /// The descriptor, for who closes it: it may be the worker's own.
     pub(crate) fn into_pidfd(self) -> OwnedFd {
         self.pidfd

@@ -107,7 +107,7 @@ impl EventLoop {
         }
     }
 
-    fn worker_says(&mut self, id: WorkerId, message: WorkerMessage) {
+    pub(super) fn worker_says(&mut self, id: WorkerId, message: WorkerMessage) {
         match message {
             WorkerMessage::Hello(_) => self.disconnect(id, "it said HELLO twice"),
             WorkerMessage::ClaimQueues { claim, queues } => {
@@ -128,6 +128,11 @@ impl EventLoop {
                         }
                     };
                     self.push(id, answer);
+                    if self.registry.get_mut(id).is_none_or(|worker| worker.link.is_none()) {
+                        // There was no room for the answer, which ended the connection. Had the process ended too,
+                        // nobody would give back what it claims now.
+                        return;
+                    }
                 }
                 if !leased.is_empty() {
                     info!(worker = id.0, queues = ?leased, claim, "leased");

@@ -1,0 +1,74 @@
+//! What no peer can bring about at will: a loop whose parts are put into the state in question by hand.
+
+use std::os::fd::OwnedFd;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+
+use iotlb_proto::control::WorkerMessage;
+use iotlb_proto::socket::PacketSocket;
+use iotlb_proto::worker::WorkerSegment;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use super::config::QUEUE_PAIRS_MAX;
+use super::event_loop::EventLoop;
+use super::link::Link;
+use super::process::Process;
+use super::worker::Worker;
+use super::{DeviceKind, FrontEndSource, Server, ServerConfig};
+use crate::device::WorkerId;
+
+/// A loop that does not run.
+struct Standing {
+    event_loop: EventLoop,
+    _directory: tempfile::TempDir,
+}
+
+fn standing() -> Standing {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let device = DeviceKind::Net { queue_pairs: QUEUE_PAIRS_MAX };
+    let config = ServerConfig::new(device, FrontEndSource::Taken, directory.path().join("control"));
+    let Server { config, front_end, control } = Server::start(config).expect("starts");
+    let (stop, _) = std::io::pipe().expect("pipe");
+    let event_loop = EventLoop::new(config, front_end, control, OwnedFd::from(stop), 1).expect("a loop");
+    Standing { event_loop, _directory: directory }
+}
+
+/// A process that lives until it is told to end.
+fn living() -> (Child, Process) {
+    let child = Command::new("cat").stdin(Stdio::piped()).spawn().expect("starts");
+    let pid = Pid::from_raw(i32::try_from(child.id()).expect("small")).expect("not 0");
+    (child, Process::unverified(pidfd_open(pid, PidfdFlags::empty()).expect("pidfd")))
+}
+
+/// Attaches a worker by hand; with it the other end of its connection.
+fn attach(event_loop: &mut EventLoop, process: Process) -> (WorkerId, OwnedFd) {
+    let (ours, theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
+            .expect("a socket pair");
+    let link = Link::new(PacketSocket::from_fd(ours).expect("a packet socket"));
+    let (segment, _fd) = WorkerSegment::create(1).expect("a segment");
+    let doorbell = EventLoop::new_doorbell().expect("an eventfd");
+    let id = event_loop.registry.next_id();
+    event_loop.registry.insert(Worker::new(id, String::new(), process, segment, Arc::new(doorbell), link, None));
+    (id, theirs)
+}
+
+#[test]
+fn queues_claimed_by_a_worker_that_is_gone_are_free() {
+    let Standing { mut event_loop, .. } = standing();
+    let (mut child, process) = living();
+    let (id, _theirs) = attach(&mut event_loop, process);
+    child.kill().expect("killed");
+    child.wait().expect("ended");
+    // One that reads nothing, and is found to have ended when there is no room for an answer.
+    let queues: Vec<u16> = (0..event_loop.facts.queues).collect();
+    for claim in 0.. {
+        if event_loop.registry.get_mut(id).is_none() {
+            break;
+        }
+        event_loop.worker_says(id, WorkerMessage::ClaimQueues { claim, queues: queues.clone() });
+    }
+    let taken: Vec<u16> = queues.into_iter().filter(|&queue| event_loop.leases.get(queue).is_some()).collect();
+    assert_eq!(taken, [0_u16; 0], "nobody is there to give them back");
+}
