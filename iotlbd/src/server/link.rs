@@ -87,15 +87,27 @@ pub(crate) struct Link {
     turn: Turn,
     /// It was left without being read to the end.
     is_unread: bool,
+    /// The worker was ordered to give up guest memory: what else there is to say is of no use to it.
+    is_ordered: bool,
 }
 
 impl Link {
     pub(crate) fn new(socket: PacketSocket) -> Link {
-        Link { socket, queue: VecDeque::new(), fds_in_flight: 0, turn: Turn::default(), is_unread: false }
+        Link {
+            socket,
+            queue: VecDeque::new(),
+            fds_in_flight: 0,
+            turn: Turn::default(),
+            is_unread: false,
+            is_ordered: false,
+        }
     }
 
     /// Queues a message.
     pub(crate) fn push(&mut self, message: Outgoing) -> Result<(), LinkError> {
+        if self.is_ordered {
+            return Ok(());
+        }
         if let Outgoing::Lease { queue, claim } = message
             // A lease that waits already will go out with the newest descriptors.
             && self.queue.iter().any(|waiting| waiting.is_lease(queue, claim))
@@ -115,10 +127,16 @@ impl Link {
         self.queue.retain(|waiting| !waiting.is_lease(queue, claim));
     }
 
-    /// Queues a message before all others: the one that ends a stall must not wait behind what the worker does not
-    /// read.
-    pub(crate) fn push_first(&mut self, message: DaemonMessage) {
-        self.queue.push_front(Outgoing::Message(message, Vec::new()));
+    /// Orders the worker to give up guest memory, which ends a stall and, sooner or later, the connection. The order
+    /// waits for nothing that the worker does not read, and neither it nor the answer for its turn: among hundreds of
+    /// connections a rest can be longer than the time the worker has to follow. So the account begins anew, once, and
+    /// nothing but the order is sent any more that would be put down to it.
+    pub(crate) fn order_to_give_up(&mut self) {
+        self.queue.clear();
+        if !std::mem::replace(&mut self.is_ordered, true) {
+            self.turn = Turn::default();
+        }
+        self.queue.push_back(Outgoing::Message(DaemonMessage::Revoke, Vec::new()));
     }
 
     /// Sends what there is room for, on one of `connections`. The rest goes when the socket reports room again; after
@@ -178,6 +196,12 @@ impl Link {
     /// Whether it was not read because it rests.
     pub(crate) fn is_unread(&self) -> bool {
         self.is_unread
+    }
+
+    /// Has it rest for ever.
+    #[cfg(test)]
+    pub(crate) fn tire(&mut self) {
+        self.turn.tire();
     }
 
     /// The socket, for who closes it. What was not sent is forgotten.

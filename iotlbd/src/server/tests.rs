@@ -4,15 +4,16 @@ use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
-use iotlb_proto::control::WorkerMessage;
+use iotlb_proto::control::{self, DaemonMessage, WorkerMessage};
+use iotlb_proto::epoch::grace::FIRST_EPOCH;
 use iotlb_proto::socket::PacketSocket;
+use iotlb_proto::sync::Ordering;
 use iotlb_proto::worker::WorkerSegment;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::config::QUEUE_PAIRS_MAX;
 use super::event_loop::EventLoop;
-use super::link::Link;
+use super::link::{Link, Outgoing};
 use super::process::Process;
 use super::worker::Worker;
 use super::{DeviceKind, FrontEndSource, Server, ServerConfig};
@@ -42,11 +43,9 @@ fn living() -> (Child, Process) {
 }
 
 /// Attaches a worker by hand; with it the other end of its connection.
-fn attach(event_loop: &mut EventLoop, process: Process) -> (WorkerId, OwnedFd) {
-    let (ours, theirs) =
-        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
-            .expect("a socket pair");
-    let link = Link::new(PacketSocket::from_fd(ours).expect("a packet socket"));
+fn attach(event_loop: &mut EventLoop, process: Process) -> (WorkerId, PacketSocket) {
+    let (ours, theirs) = PacketSocket::pair().expect("a socket pair");
+    let link = Link::new(ours);
     let (segment, _fd) = WorkerSegment::create(1).expect("a segment");
     let doorbell = EventLoop::new_doorbell().expect("an eventfd");
     let id = event_loop.registry.next_id();
@@ -71,4 +70,32 @@ fn queues_claimed_by_a_worker_that_is_gone_are_free() {
     }
     let taken: Vec<u16> = queues.into_iter().filter(|&queue| event_loop.leases.get(queue).is_some()).collect();
     assert_eq!(taken, [0_u16; 0], "nobody is there to give them back");
+}
+
+#[test]
+fn the_order_to_give_up_and_the_answer_to_it_wait_for_no_turn() {
+    let Standing { mut event_loop, .. } = standing();
+    let (mut child, process) = living();
+    let (id, theirs) = attach(&mut event_loop, process);
+    let worker = event_loop.registry.get_mut(id).expect("attached");
+    worker.segment.announce(1);
+    worker.segment.slot(0).store(FIRST_EPOCH, Ordering::Release);
+    let link = worker.link.as_mut().expect("connected");
+    link.push(Outgoing::Lease { queue: 0, claim: 1 }).expect("room");
+    link.tire();
+    let policy = event_loop.facts.stall;
+    for ms in [0, policy.report_ms, policy.revoke_ms] {
+        event_loop.take_stall_steps(FIRST_EPOCH + 1, u64::from(ms) * 1_000_000);
+    }
+    let mut heard = Vec::new();
+    while let Ok(Some(bytes)) = theirs.receive_into(&mut Vec::new()) {
+        heard.push(control::decode::<DaemonMessage>(&bytes).expect("a message"));
+    }
+    assert_eq!(heard, [DaemonMessage::Revoke], "told, and nothing else after that");
+    let answer = control::encode(&WorkerMessage::Revoked).expect("encodes");
+    theirs.send(&answer, &[]).expect("sent");
+    event_loop.control_ready(id);
+    assert!(event_loop.registry.get_mut(id).is_none(), "it has left");
+    child.kill().expect("killed");
+    child.wait().expect("ended");
 }

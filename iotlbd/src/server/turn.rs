@@ -8,6 +8,8 @@
 //! The time is that of the processor. A call during which others ran, on a machine with more to do than it can, took no
 //! longer than any: it must not cost an honest worker anything. For the same reason nothing worse comes of it than a
 //! rest: what takes long is served, slowly, and a connection that was closed would leave its queues without a worker.
+//!
+//! Once in its life a connection begins anew before its time: when its worker is ordered to give up guest memory.
 
 use rustix::time::{ClockId, clock_gettime};
 
@@ -52,6 +54,12 @@ impl Turn {
 
     fn charge(&mut self, ns: u64) {
         self.spent_ns = self.spent_ns.saturating_add(ns);
+    }
+
+    /// From here on it is not its turn any more.
+    #[cfg(test)]
+    pub(super) fn tire(&mut self) {
+        *self = Turn { spent_ns: u64::MAX, until_ns: u64::MAX, rests: true };
     }
 }
 

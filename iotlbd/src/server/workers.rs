@@ -282,9 +282,10 @@ impl EventLoop {
                 Step::Revoke => {
                     warn!(worker = id.0, ?label, held_ms, "the worker is told to give up guest memory");
                     if let Some(link) = &mut worker.link {
-                        link.push_first(DaemonMessage::Revoke);
+                        link.order_to_give_up();
                     }
-                    self.flush(id);
+                    // To read as well: what waits there was left for its turn, and is not reported again.
+                    self.control_ready(id);
                 }
                 Step::Kill => match worker.process.kill() {
                     Ok(()) => warn!(worker = id.0, ?label, held_ms, "the worker is killed"),
