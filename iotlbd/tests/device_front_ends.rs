@@ -2,10 +2,10 @@
 
 mod harness;
 
-use harness::{Bench, MIB, ROOMY, USER, bench, memfd, region};
+use harness::{AVAIL, Bench, DESC, MIB, ROOMY, RW, USED, USER, bench, memfd, region, target};
 use iotlb_proto::vhost_user::features::protocol;
 use iotlb_proto::vhost_user::header::{FLAG_NEED_REPLY, FLAG_VERSION};
-use iotlb_proto::vhost_user::{Header, Request, decode};
+use iotlb_proto::vhost_user::{Header, IotlbMessage, Request, decode};
 use iotlbd::device::{Action, DeviceConfig, Event, MemoryChange, ReplyPayload};
 
 /// The payload of a message about regions: how many, then each as four numbers.
@@ -94,4 +94,41 @@ fn the_base_of_no_ring_is_answered_with_its_index() {
         let got = bench.request(Request::GetVringBase { index }, false);
         assert_eq!(got, [ReplyPayload::VringState { index, num: 0 }]);
     }
+}
+
+/// QEMU 5.1 to 7.1 resets no status, tells no memory again, and answers a MISS that it reads after it stopped the
+/// device. No invalidation follows until the device starts again.
+#[test]
+fn what_comes_while_no_ring_runs_is_gone_when_one_does() {
+    const X: u64 = 0x10_0000;
+    let (mut bench, _memory) = bench();
+    bench.start_ring(0, DESC, AVAIL, USED);
+    bench.miss(1, 0, 1, X, 4096, RW);
+    assert!(bench.messages().iter().any(|(message, _)| message.iova == X), "asked for");
+    bench.request(Request::GetVringBase { index: 0 }, false);
+    assert_eq!(bench.update(X, 4096, USER + 0x1000, RW), 0);
+    let features = bench.device.config().features;
+    bench.silent(Request::SetFeatures(features));
+    bench.instant_grace = false;
+    bench.start_ring(0, DESC, AVAIL, USED);
+    assert_eq!(target(&bench, X), None, "the guest may have given the page away meanwhile");
+    bench.grace();
+    // What comes from now on is followed by invalidations.
+    assert_eq!(bench.update(X, 4096, USER + 0x2000, RW), 0);
+    bench.start_ring(1, DESC + 0x1_0000, AVAIL + 0x1_0000, USED + 0x1_0000);
+    assert_eq!(target(&bench, X), Some(0x2000), "only the first ring begins with nothing");
+}
+
+/// One that has no back-end channel is never asked, so nothing that it says is late.
+#[test]
+fn who_cannot_be_asked_may_say_all_before_a_ring_starts() {
+    let memory = memfd(4 * MIB);
+    let mut bench = connected(1);
+    let (features, protocol) = (bench.device.config().features, bench.device.config().protocol_features);
+    bench.silent(Request::SetProtocolFeatures(protocol));
+    bench.silent(Request::SetFeatures(features));
+    bench.ack(harness::table_of(&[(region(0, 4 * MIB, USER), &memory)]));
+    bench.ack(Request::Iotlb(IotlbMessage::update(0x10_0000, 4096, USER + 0x1000, RW)));
+    bench.start_ring(0, DESC, AVAIL, USED);
+    assert_eq!(target(&bench, 0x10_0000), Some(0x1000));
 }

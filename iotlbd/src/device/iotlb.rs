@@ -4,6 +4,12 @@
 //! that this side cannot reach (outside every region, no permission, an address that wraps) answers non-zero *and*
 //! takes away what the range meant so far. Being without a translation costs a miss; keeping an old one costs the
 //! guest's memory.
+//!
+//! For the same reason translations count from the start of the first ring to the end of the last. Front-ends send no
+//! invalidations for a device of which no ring runs, and QEMU may answer a MISS after it stopped the device, or between
+//! two runs. So the table is cleared when the last ring stops, and again when the next one starts: what an UPDATE
+//! brought in between is asked for anew. A front-end without a back-end channel is never asked, so it answers nothing
+//! late, and what it says before a ring starts counts.
 
 use iotlb_proto::iova::IovaRange;
 use iotlb_proto::vhost_user::{IotlbKind, IotlbMessage};

@@ -193,7 +193,7 @@ impl Device {
                 if !is_channel(&fd) {
                     return Err(RequestError::Channel);
                 }
-                self.session.channel = true;
+                (self.session.channel, self.session.had_channel) = (true, true);
                 self.misses.channel_replaced();
                 self.actions.push_back(Action::UseBackEndChannel(Some(fd)));
                 Ok(Outcome::Job(Job { ask_rings: true, ..Job::give(due) }))
@@ -476,7 +476,7 @@ impl Device {
         };
         if self.stop_ring(at) && !self.is_running() {
             // Front-ends send no invalidations for a stopped device, so nothing it translated may outlive the last
-            // ring.
+            // ring. What comes after this goes when a ring starts.
             if self.session.iommu() {
                 self.clear_table();
             }

@@ -253,11 +253,18 @@ impl Device {
     }
 
     /// Starts a ring once everything it needs is there. `Ok(false)`: not yet, or running already.
+    ///
+    /// The first of them starts with an empty table. An UPDATE may answer a MISS of the run before, and nothing that
+    /// came while no ring ran was followed by an invalidation. Only who cannot be asked again is believed.
     pub(super) fn try_start(&mut self, index: usize) -> Result<bool, RingError> {
         if self.rings.get(index).is_none_or(|ring| ring.started.is_some()) {
             return Ok(false);
         }
         let Some(at) = self.ring_addresses_now(index)? else { return Ok(false) };
+        if self.session.iommu() && self.session.had_channel && !self.is_running() {
+            // Before workers see that a ring runs.
+            self.clear_table();
+        }
         if let Some(ring) = self.rings.get_mut(index) {
             ring.started = Some(at);
             ring.progress = None;

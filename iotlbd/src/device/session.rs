@@ -20,6 +20,8 @@ pub(super) struct Session {
     pub(super) status: u8,
     /// Whether a back-end channel exists.
     pub(super) channel: bool,
+    /// Whether there ever was one: the front-end is, or was, asked for pages.
+    pub(super) had_channel: bool,
 }
 
 impl Session {
