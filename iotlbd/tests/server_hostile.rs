@@ -238,6 +238,51 @@ fn an_event_descriptor_of_a_ring_that_takes_long_to_close_stops_nobody() {
     server.stop();
 }
 
+/// Whether an epoll set still has something that was added to it: what is closed for good is taken out.
+fn has_any(set: &OwnedFd) -> bool {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", set.as_raw_fd())).expect("readable");
+    info.lines().any(|line| line.starts_with("tfd:"))
+}
+
+#[test]
+fn what_strangers_sent_does_not_keep_the_front_ends_descriptors_open() {
+    // As many as there are threads that close such things.
+    const SLOW: usize = 8;
+    let _watchdog = watchdog();
+    let mut slow = Vec::new();
+    let server = Running::start_behind(
+        |_| {},
+        |control| {
+            for _ in 0..SLOW {
+                let socket = connect(control);
+                let far = send_lingering(&socket, &[0xee; 10]);
+                slow.push((socket, far));
+            }
+        },
+    );
+    for (socket, _far) in &slow {
+        hear_the_end(socket);
+    }
+    let stream = UnixStream::connect(server.front_end()).expect("connects");
+    let main = Channel::new(stream, Duration::from_millis(TIMEOUT_MS.into()));
+    let set_call = |payload: u64, fds: &[BorrowedFd<'_>]| {
+        let header = MessageHeader::request(code::SET_VRING_CALL, 8, false);
+        main.send("a call descriptor", header, &payload.to_ne_bytes(), fds).expect("sent");
+    };
+    let set = epoll::create(CreateFlags::CLOEXEC).expect("epoll");
+    let call = eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
+    epoll::add(&set, &call, EventData::new_u64(0), EventFlags::empty()).expect("added");
+    set_call(0, &[call.as_fd()]);
+    drop(call);
+    assert!(has_any(&set), "on its way, or the daemon's");
+    set_call(1 << 8, &[]);
+    while has_any(&set) {
+        std::thread::yield_now();
+    }
+    drop(slow);
+    server.stop();
+}
+
 #[test]
 fn many_who_watch_a_workers_socket_hold_up_that_worker_only() {
     const WATCHES: usize = 100_000;

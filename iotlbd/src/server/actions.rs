@@ -49,7 +49,7 @@ impl EventLoop {
                     self.flush(owner);
                 }
             }
-            Action::CloseDescriptor(fd) => self.closer.give(vec![fd]),
+            Action::CloseDescriptor(fd) => self.ring_closer.give(vec![fd]),
             Action::CloseFrontEnd { reason } => self.close_front_end(&reason),
         }
     }

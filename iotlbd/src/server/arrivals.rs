@@ -60,7 +60,7 @@ impl EventLoop {
         if self.stopping {
             return;
         }
-        if self.closer.is_behind(now_ns()) {
+        if self.is_closing_behind() {
             self.pause_accept();
             return;
         }
@@ -76,6 +76,13 @@ impl EventLoop {
                 }
             }
         }
+    }
+
+    /// Whether too much hangs that workers had or sent for another to be let in.
+    fn is_closing_behind(&mut self) -> bool {
+        let now_ns = now_ns();
+        // Both: each says so by itself.
+        self.closer.is_behind(now_ns) | self.ring_closer.is_behind(now_ns)
     }
 
     /// Tries to accept again a little later: the listener reports only what is new.
@@ -163,12 +170,12 @@ impl EventLoop {
     }
 
     pub(super) fn arrival_ready(&mut self, id: u32) {
-        let Some(arrival) = self.arrivals.get(&id) else { return };
-        if self.closer.is_behind(now_ns()) {
+        if self.is_closing_behind() {
             self.arrivals_wait = true;
             self.pause_accept();
             return;
         }
+        let Some(arrival) = self.arrivals.get(&id) else { return };
         let mut fds = Vec::new();
         let received = link::receive(&arrival.socket, &mut fds);
         if matches!(received, Ok(None)) {

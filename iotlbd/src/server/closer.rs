@@ -1,10 +1,14 @@
-//! Closes what came from workers and strangers, away from the loop.
+//! Closes what came from workers and strangers, and what workers had, away from the loop.
 //!
 //! Whoever closes the last descriptor of a file does what the file wants done then. A TCP socket with SO_LINGER waits
 //! until its data is sent, a file of a stranger's file system until that answers, whatever an epoll set watches until
 //! the set's lock is free; and a socket closes all that was sent on it and not received. None of it has an end that
 //! the daemon could count on, so threads of their own do it, the first of which starts with the first descriptor. All
 //! that can hang is these threads, and then nobody is let in who could bring more.
+//!
+//! The event descriptors of rings have a queue and threads apart. Whoever leased a ring can make those hang; a stranger
+//! who never got that far must not be able to, since the front-end sends new ones again and again, and is cut off when
+//! the daemon has no room for another.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -22,8 +26,10 @@ const DESCRIPTORS_MAX: usize = 64;
 const SILENCE_NS: u64 = 1_000_000_000;
 
 /// The threads and what they are to close.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Closer {
+    /// What it closes, for the log.
+    what: &'static str,
     shared: Arc<Shared>,
     behind_since_ns: Option<u64>,
     said: bool,
@@ -48,6 +54,10 @@ struct State {
 }
 
 impl Closer {
+    pub(crate) fn of(what: &'static str) -> Closer {
+        Closer { what, shared: Arc::default(), behind_since_ns: None, said: false }
+    }
+
     /// Closes descriptors of one peer some time soon.
     pub(crate) fn give(&self, fds: Vec<OwnedFd>) {
         if fds.is_empty() {
@@ -78,8 +88,9 @@ impl Closer {
             warn!(
                 threads,
                 descriptors,
-                "closing what came over the control socket hangs: no worker is let in until it goes on; end the \
-                 processes that sent such descriptors, or restart the daemon"
+                "closing {} hangs: no worker is let in until it goes on; end the processes that have such descriptors, \
+                 or restart the daemon",
+                self.what
             );
         }
         true
@@ -161,7 +172,7 @@ mod tests {
 
     #[test]
     fn no_thread_without_something_to_close() {
-        let mut closer = Closer::default();
+        let mut closer = Closer::of("what tests give it");
         closer.give(Vec::new());
         assert!(!closer.is_behind(0));
         assert_eq!(closer.shared.lock().threads, 0);
@@ -169,7 +180,7 @@ mod tests {
 
     #[test]
     fn what_is_given_is_closed_and_one_thread_stays() {
-        let mut closer = Closer::default();
+        let mut closer = Closer::of("what tests give it");
         for _ in 0..100 {
             let (near, mut far) = UnixStream::pair().expect("a socket pair");
             closer.give(vec![near.into()]);
@@ -185,7 +196,7 @@ mod tests {
 
     #[test]
     fn nobody_is_let_in_while_too_much_waits() {
-        let mut closer = Closer::default();
+        let mut closer = Closer::of("what tests give it");
         // As if each thread hung.
         closer.shared.lock().threads = THREADS_MAX;
         assert!(closer.is_behind(0));

@@ -63,7 +63,10 @@ pub(crate) struct EventLoop {
     pub(super) leases: Leases,
     pub(super) grace: GraceWait,
     pub(super) signaller: Signaller,
+    /// For what came over the control socket.
     pub(super) closer: Closer,
+    /// For the event descriptors of rings.
+    pub(super) ring_closer: Closer,
     /// Arrivals were reported and not looked at.
     pub(super) arrivals_wait: bool,
     /// What is logged about a ring's errors is bounded.
@@ -162,7 +165,8 @@ impl EventLoop {
             leases,
             grace: GraceWait::default(),
             signaller: Signaller::default(),
-            closer: Closer::default(),
+            closer: Closer::of("what came over the control socket"),
+            ring_closer: Closer::of("the event descriptors of rings"),
             arrivals_wait: false,
             queue_errors: LogBudget::default(),
             refusals: LogBudget::default(),

@@ -17,7 +17,7 @@
 //! | `arrivals` | connections that have not said HELLO yet |
 //! | `registry`, `worker`, `link`, `process` | workers, their segments, connections and processes |
 //! | `turn` | how much of the loop's time a worker's connection may take |
-//! | `closer` | threads that close what workers and strangers sent |
+//! | `closer` | threads that close what workers and strangers sent, and what workers had |
 //! | `leases` | which worker owns which queue |
 //! | `grace`, `stall` | waiting for readers, and what happens to those that make the guest wait |
 //! | `eventfd` | other processes' eventfds |
