@@ -13,6 +13,8 @@
 
 use rustix::time::{ClockId, clock_gettime};
 
+use super::alarm::now_ns;
+
 /// What a connection may take in one go: some hundred calls.
 pub(super) const SLICE_NS: u64 = 1_000_000;
 /// All connections together have one part in so many of the loop's time, when each takes all it can.
@@ -22,44 +24,42 @@ const SHARE: u64 = 16;
 #[derive(Debug, Default)]
 pub(super) struct Turn {
     spent_ns: u64,
-    /// When all is forgotten.
+    /// When all is forgotten. Past a slice: when the rest is over, which begins with the end of the call that went too
+    /// far, whenever somebody asks.
     until_ns: u64,
-    rests: bool,
+    /// How many shared the loop when it was asked last.
+    connections: usize,
 }
 
 impl Turn {
     /// When it is the connection's turn, one of `connections`; `None`: it is.
     pub(super) fn comes_ns(&mut self, now_ns: u64, connections: usize) -> Option<u64> {
+        self.connections = connections;
         if now_ns >= self.until_ns {
-            let until_ns = now_ns.saturating_add(rest_ns(SLICE_NS, connections));
-            *self = Turn { spent_ns: 0, until_ns, rests: false };
+            *self = Turn { spent_ns: 0, until_ns: now_ns.saturating_add(rest_ns(SLICE_NS, connections)), connections };
         }
-        if self.spent_ns <= SLICE_NS {
-            return None;
-        }
-        if !self.rests {
-            self.rests = true;
-            self.until_ns = now_ns.saturating_add(rest_ns(self.spent_ns, connections));
-        }
-        Some(self.until_ns)
+        (self.spent_ns > SLICE_NS).then_some(self.until_ns)
     }
 
     /// Does what the connection needs, on its account.
     pub(super) fn spend<T>(&mut self, call: impl FnOnce() -> T) -> T {
         let before_ns = processor_ns();
         let result = call();
-        self.charge(processor_ns().saturating_sub(before_ns));
+        self.charge(processor_ns().saturating_sub(before_ns), now_ns);
         result
     }
 
-    fn charge(&mut self, ns: u64) {
+    fn charge(&mut self, ns: u64, now_ns: impl FnOnce() -> u64) {
         self.spent_ns = self.spent_ns.saturating_add(ns);
+        if self.spent_ns > SLICE_NS {
+            self.until_ns = now_ns().saturating_add(rest_ns(self.spent_ns, self.connections));
+        }
     }
 
     /// From here on it is not its turn any more.
     #[cfg(test)]
     pub(super) fn tire(&mut self) {
-        *self = Turn { spent_ns: u64::MAX, until_ns: u64::MAX, rests: true };
+        self.charge(u64::MAX, || 0);
     }
 }
 
@@ -84,21 +84,38 @@ mod tests {
     fn a_slice_is_followed_by_a_rest() {
         let mut turn = Turn::default();
         assert_eq!(turn.comes_ns(1000, 2), None);
-        turn.charge(SLICE_NS + 1);
-        let comes_ns = turn.comes_ns(5000, 2).expect("a rest");
+        turn.charge(SLICE_NS + 1, || 5000);
+        let comes_ns = turn.comes_ns(6000, 2).expect("a rest");
         assert_eq!(comes_ns, 5000 + 2 * SHARE * (SLICE_NS + 1));
         assert_eq!(turn.comes_ns(comes_ns - 1, 2), Some(comes_ns), "to ask again is no reason for more");
         assert_eq!(turn.comes_ns(comes_ns, 2), None);
-        turn.charge(4 * SLICE_NS);
+        turn.charge(4 * SLICE_NS, || comes_ns);
         let longer_ns = turn.comes_ns(comes_ns, 2).expect("a rest") - comes_ns;
         assert_eq!(longer_ns, 8 * SHARE * SLICE_NS, "as long as it took, and more");
+    }
+
+    #[test]
+    fn a_call_that_takes_longer_than_the_account_lasts_is_not_forgotten() {
+        let mut turn = Turn::default();
+        assert_eq!(turn.comes_ns(0, 1), None);
+        let took_ns = rest_ns(SLICE_NS, 1) * 10;
+        turn.charge(took_ns, || took_ns);
+        assert_eq!(turn.comes_ns(took_ns, 1), Some(took_ns + SHARE * took_ns));
+    }
+
+    #[test]
+    fn who_is_left_alone_after_a_slice_has_rested() {
+        let mut turn = Turn::default();
+        assert_eq!(turn.comes_ns(0, 1), None);
+        turn.charge(2 * SLICE_NS, || 0);
+        assert_eq!(turn.comes_ns(2 * SHARE * SLICE_NS, 1), None);
     }
 
     #[test]
     fn who_takes_little_never_rests() {
         let mut turn = Turn::default();
         for n in 0..1000 {
-            turn.charge(SLICE_NS / 4);
+            turn.charge(SLICE_NS / 4, || unreachable!("it is no slice"));
             // Half of what is its share of all that passes.
             assert_eq!(turn.comes_ns(n * rest_ns(SLICE_NS / 2, 1), 1), None);
         }
@@ -111,7 +128,7 @@ mod tests {
         let since_ns = processor_ns();
         turn.spend(|| while processor_ns() < since_ns + SLICE_NS {});
         // It began after `since_ns` was read, so a little may be missing.
-        turn.charge(SLICE_NS);
+        turn.charge(SLICE_NS, || 0);
         assert!(turn.comes_ns(0, 1).is_some());
     }
 }
