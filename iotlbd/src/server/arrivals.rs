@@ -175,9 +175,16 @@ impl EventLoop {
             self.pause_accept();
             return;
         }
-        let Some(arrival) = self.arrivals.get(&id) else { return };
+        let Some(arrival) = self.arrivals.get_mut(&id) else { return };
+        if let Some(until_ns) = self.arrivals_turn.comes_ns(now_ns(), 1) {
+            // It may have said HELLO in time: from then on it has all its time again.
+            arrival.since_ns = until_ns;
+            self.arrivals_wait = true;
+            self.accept_again_ns = Some(self.accept_again_ns.map_or(until_ns, |due| due.min(until_ns)));
+            return;
+        }
         let mut fds = Vec::new();
-        let received = link::receive(&arrival.socket, &mut fds);
+        let received = self.arrivals_turn.spend(|| link::receive(&arrival.socket, &mut fds));
         if matches!(received, Ok(None)) {
             return;
         }
@@ -201,7 +208,7 @@ impl EventLoop {
             if self.refusals.take(now_ns()) {
                 warn!("a worker was refused: {refusal:?}: {why}");
             }
-            link::send_once(&socket, &DaemonMessage::Refused(refusal));
+            self.arrivals_turn.spend(|| link::send_once(&socket, &DaemonMessage::Refused(refusal)));
             // First: the other side sees its end whatever else hangs.
             fds.insert(0, socket.into());
         }

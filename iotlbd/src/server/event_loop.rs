@@ -28,6 +28,7 @@ use super::leases::Leases;
 use super::pace::{Idle, Pace};
 use super::poller::{Poller, Ready, Token};
 use super::registry::Registry;
+use super::turn::Turn;
 use super::{ControlListener, ServerError, signals};
 use crate::device::{Device, DeviceConfig, Event, WorkerId};
 use crate::log_budget::LogBudget;
@@ -59,6 +60,8 @@ pub(crate) struct EventLoop {
     pub(super) flush_again_ns: Option<u64>,
     pub(super) arrivals: BTreeMap<u32, Arrival>,
     pub(super) next_arrival: u32,
+    /// What connections cost before HELLO, and what those that are over still have to rest.
+    pub(super) arrivals_turn: Turn,
     pub(super) registry: Registry,
     pub(super) leases: Leases,
     pub(super) grace: GraceWait,
@@ -161,6 +164,7 @@ impl EventLoop {
             flush_again_ns: None,
             arrivals: BTreeMap::new(),
             next_arrival: 0,
+            arrivals_turn: Turn::default(),
             registry,
             leases,
             grace: GraceWait::default(),

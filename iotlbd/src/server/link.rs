@@ -204,9 +204,9 @@ impl Link {
         self.turn.tire();
     }
 
-    /// The socket, for who closes it. What was not sent is forgotten.
-    pub(crate) fn into_socket(self) -> OwnedFd {
-        self.socket.into()
+    /// The socket, for who closes it, and the account. What was not sent is forgotten.
+    pub(crate) fn into_parts(self) -> (OwnedFd, Turn) {
+        (self.socket.into(), self.turn)
     }
 }
 

@@ -11,10 +11,12 @@ use iotlb_proto::sync::Ordering;
 use iotlb_proto::worker::WorkerSegment;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use super::alarm::now_ns;
 use super::config::QUEUE_PAIRS_MAX;
 use super::event_loop::EventLoop;
 use super::link::{Link, Outgoing};
 use super::process::Process;
+use super::turn::Turn;
 use super::worker::Worker;
 use super::{DeviceKind, FrontEndSource, Server, ServerConfig};
 use crate::device::WorkerId;
@@ -22,7 +24,7 @@ use crate::device::WorkerId;
 /// A loop that does not run.
 struct Standing {
     event_loop: EventLoop,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 fn standing() -> Standing {
@@ -32,7 +34,7 @@ fn standing() -> Standing {
     let Server { config, front_end, control } = Server::start(config).expect("starts");
     let (stop, _) = std::io::pipe().expect("pipe");
     let event_loop = EventLoop::new(config, front_end, control, OwnedFd::from(stop), 1).expect("a loop");
-    Standing { event_loop, _directory: directory }
+    Standing { event_loop, directory }
 }
 
 /// A process that lives until it is told to end.
@@ -96,6 +98,56 @@ fn the_order_to_give_up_and_the_answer_to_it_wait_for_no_turn() {
     theirs.send(&answer, &[]).expect("sent");
     event_loop.control_ready(id);
     assert!(event_loop.registry.get_mut(id).is_none(), "it has left");
+    child.kill().expect("killed");
+    child.wait().expect("ended");
+}
+
+#[test]
+fn who_has_not_said_hello_waits_for_a_turn_that_all_such_share() {
+    let Standing { mut event_loop, directory } = standing();
+    let strangers = [(); 3].map(|()| {
+        let socket = PacketSocket::connect(&directory.path().join("control"), 1000).expect("connects");
+        socket.send(&[0xee], &[]).expect("sent");
+        socket
+    });
+    let refused = || {
+        let heard = |socket: &&PacketSocket| matches!(socket.receive_into(&mut Vec::new()), Ok(Some(_)));
+        strangers.iter().filter(heard).count()
+    };
+    event_loop.accept_workers();
+    let ids: Vec<u32> = event_loop.arrivals.keys().copied().collect();
+    event_loop.arrival_ready(ids[0]);
+    assert_eq!(refused(), 1);
+    event_loop.arrivals_turn.tire();
+    for &id in &ids[1..] {
+        event_loop.arrival_ready(id);
+    }
+    assert_eq!(refused(), 0, "the first took all their time");
+    // They are not to blame for that.
+    event_loop.expire_arrivals(now_ns() + 3_600_000_000_000);
+    assert_eq!(event_loop.arrivals.len(), 2);
+    event_loop.arrivals_turn = Turn::default();
+    event_loop.accept_after_pause(u64::MAX);
+    assert_eq!(refused(), 2);
+}
+
+#[test]
+fn who_comes_again_to_have_a_new_account_waits() {
+    let Standing { mut event_loop, .. } = standing();
+    let (mut child, process) = living();
+    let (id, _theirs) = attach(&mut event_loop, process);
+    event_loop.registry.get_mut(id).and_then(|worker| worker.link.as_mut()).expect("connected").tire();
+    event_loop.disconnect(id, "as a test wants it");
+    assert!(event_loop.arrivals_turn.comes_ns(now_ns(), 1).is_some());
+    child.kill().expect("killed");
+    child.wait().expect("ended");
+    event_loop.arrivals_turn = Turn::default();
+    // The same for one that leaves.
+    let (mut child, process) = living();
+    let (id, _theirs) = attach(&mut event_loop, process);
+    event_loop.registry.get_mut(id).and_then(|worker| worker.link.as_mut()).expect("connected").tire();
+    event_loop.worker_says(id, WorkerMessage::Revoked);
+    assert!(event_loop.arrivals_turn.comes_ns(now_ns(), 1).is_some());
     child.kill().expect("killed");
     child.wait().expect("ended");
 }

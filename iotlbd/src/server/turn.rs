@@ -1,4 +1,4 @@
-//! How much of the loop's time a worker's connection may take.
+//! How much of the loop's time connections on the control socket may take.
 //!
 //! A packet that is sent or taken wakes up all that watch the other end, and a worker can have millions of epoll
 //! entries watch its own: then a call into the kernel takes as long as thousands of others do. Nothing tells the daemon
@@ -9,6 +9,9 @@
 //! longer than any: it must not cost an honest worker anything. For the same reason nothing worse comes of it than a
 //! rest: what takes long is served, slowly, and a connection that was closed would leave its queues without a worker.
 //!
+//! Connections that have not said HELLO yet have one account together, and a sixteenth of the time. What a connection
+//! that ends still had to rest is put down to it as well: else whoever comes again would begin anew each time.
+//!
 //! Once in its life a connection begins anew before its time: when its worker is ordered to give up guest memory.
 
 use rustix::time::{ClockId, clock_gettime};
@@ -17,7 +20,7 @@ use super::alarm::now_ns;
 
 /// What a connection may take in one go: some hundred calls.
 pub(super) const SLICE_NS: u64 = 1_000_000;
-/// All connections together have one part in so many of the loop's time, when each takes all it can.
+/// All connections of workers together have one part in so many of the loop's time, when each takes all it can.
 const SHARE: u64 = 16;
 
 /// One connection's account.
@@ -47,6 +50,16 @@ impl Turn {
         let result = call();
         self.charge(processor_ns().saturating_sub(before_ns), now_ns);
         result
+    }
+
+    /// Rests for a connection that is over and has not rested yet.
+    pub(super) fn take_over(&mut self, other: &Turn, now_ns: u64) {
+        if other.spent_ns > SLICE_NS && now_ns < other.until_ns {
+            // An account that ran out would be forgotten with what is added.
+            let connections = self.connections;
+            self.comes_ns(now_ns, connections);
+            self.charge(other.spent_ns, || now_ns);
+        }
     }
 
     fn charge(&mut self, ns: u64, now_ns: impl FnOnce() -> u64) {

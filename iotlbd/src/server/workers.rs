@@ -182,15 +182,16 @@ impl EventLoop {
     pub(super) fn disconnect(&mut self, id: WorkerId, reason: &str) {
         let Some(worker) = self.registry.get_mut(id) else { return };
         let Some(link) = worker.link.take() else { return };
-        self.poller.forget(&link);
-        self.closer.give(vec![link.into_socket()]);
-        if worker.process.is_dead() {
+        let (is_dead, label) = (worker.process.is_dead(), worker.label.clone());
+        let socket = self.end_link(link);
+        self.closer.give(vec![socket]);
+        if is_dead {
             self.process_ended(id);
             return;
         }
         warn!(
             worker = id.0,
-            label = ?worker.label,
+            ?label,
             "connection ended ({reason}) but the process lives: its pins count and it keeps its queues"
         );
     }
@@ -245,13 +246,20 @@ impl EventLoop {
         self.poller.forget(doorbell.as_fd());
         let mut fds = Vec::new();
         if let Some(link) = link {
-            self.poller.forget(&link);
-            fds.push(link.into_socket());
+            fds.push(self.end_link(link));
         }
         fds.push(process.into_pidfd());
         // The other descriptor of it went with the link's WELCOME.
         fds.extend(Arc::into_inner(doorbell));
         self.closer.give(fds);
+    }
+
+    /// Has nothing to do with a connection any more; returns what is to be closed.
+    fn end_link(&mut self, link: Link) -> OwnedFd {
+        self.poller.forget(&link);
+        let (socket, turn) = link.into_parts();
+        self.arrivals_turn.take_over(&turn, now_ns());
+        socket
     }
 
     /// The end of the loop: lets everybody go.
