@@ -132,3 +132,20 @@ fn who_cannot_be_asked_may_say_all_before_a_ring_starts() {
     bench.start_ring(0, DESC, AVAIL, USED);
     assert_eq!(target(&bench, 0x10_0000), Some(0x1000));
 }
+
+/// QEMU 7.2.0 to 7.2.2 reads the back-end channel while it waits for a reply, and takes that reply for the
+/// acknowledgement of its UPDATE. After the last kick it waits for GET_STATUS; with DRIVER_OK the start is over.
+#[test]
+fn nothing_is_asked_for_before_the_driver_is_there() {
+    const X: u64 = 0x10_0000;
+    let (mut bench, _memory) = bench();
+    bench.silent(Request::SetStatus(8));
+    bench.start_ring(0, DESC, AVAIL, USED);
+    bench.miss(1, 0, 1, X, 4096, RW);
+    assert_eq!(bench.value(Request::GetStatus), 8);
+    assert_eq!(bench.messages(), []);
+    bench.silent(Request::SetStatus(15));
+    let mut asked: Vec<u64> = bench.messages().iter().map(|(message, _)| message.iova).collect();
+    asked.sort_unstable();
+    assert_eq!(asked, [X, DESC, AVAIL]);
+}

@@ -126,7 +126,7 @@ impl Device {
     /// The next thing to carry out. Misses that came since there last was none go out in one batch: so hand over all
     /// events there are, then ask.
     pub fn next_action(&mut self) -> Option<Action> {
-        if self.actions.is_empty() && self.session.channel {
+        if self.actions.is_empty() && self.session.may_ask() {
             let (misses, mut to) = self.miss_engine();
             misses.pump(&mut to);
         }

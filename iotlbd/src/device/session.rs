@@ -2,6 +2,8 @@
 
 use iotlb_proto::vhost_user::features::{protocol, virtio};
 
+/// `DRIVER_OK` of the device status (virtio specification, 2.1).
+const STATUS_DRIVER_OK: u8 = 4;
 /// `FEATURES_OK` of the device status (virtio specification, 2.1).
 pub(super) const STATUS_FEATURES_OK: u8 = 8;
 
@@ -33,6 +35,14 @@ impl Session {
     /// Acknowledged virtio features, 0 before there are any.
     pub(super) fn features(&self) -> u64 {
         self.acked.unwrap_or(0)
+    }
+
+    /// Whether the front-end may be asked for pages. Not while the driver is on its way, as the status says, which a
+    /// front-end that does not speak of it leaves at 0: QEMU 7.2.0 to 7.2.2 starts the rings and then waits for
+    /// GET_STATUS, answers a MISS meanwhile, and takes the one reply for the other. Nothing is lost by it, since a
+    /// device uses no buffers before DRIVER_OK.
+    pub(super) fn may_ask(&self) -> bool {
+        self.channel && (self.status == 0 || self.status & STATUS_DRIVER_OK != 0)
     }
 
     /// Whether every bit of `feature` (a protocol feature) was acknowledged.
