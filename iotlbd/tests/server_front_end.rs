@@ -3,21 +3,23 @@
 mod server_support;
 
 use std::io::Write;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use iotlb_proto::access::Access;
+use iotlb_proto::iova::{IovaRange, PAGE_SIZE};
 use iotlb_proto::socket::{PacketError, PacketListener};
 use iotlb_proto::vhost_user::features::protocol;
+use iotlb_proto::worker::Answer;
 use iotlbd::server::{FrontEndSocket, FrontEndSource};
 use iotlbd::sim::channel::Channel;
 use iotlbd::sim::front_end::FrontEnd;
-use iotlbd::sim::wire::{HEADER_LEN, MessageHeader, code};
+use iotlbd::sim::wire::{BACKEND_IOTLB, HEADER_LEN, Iotlb, MessageHeader, code};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, Shutdown, recv, shutdown};
-use server_support::{Running, TIMEOUT_MS, connect, started_front_end, watchdog};
+use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
+use server_support::{RawWorker, Running, TIMEOUT_MS, connect, started_front_end, watchdog};
 
 const IOVA: u64 = 0x10_0000;
 
@@ -127,5 +129,90 @@ fn who_waits_behind_a_connection_that_cannot_be_used_is_not_forgotten() {
     for socket in &waiting {
         assert!(matches!(socket.receive_blocking(TIMEOUT_MS), Err(PacketError::Closed)));
     }
+    server.stop();
+}
+
+/// The next miss on the back-end channel, if one is there: its header and where.
+fn next_miss(channel: BorrowedFd<'_>) -> Option<(MessageHeader, u64)> {
+    let mut bytes = [0; HEADER_LEN + Iotlb::LEN];
+    match recv(channel, &mut bytes[..], RecvFlags::DONTWAIT) {
+        Err(Errno::AGAIN) => None,
+        got => {
+            assert_eq!(got.map(|(count, _)| count), Ok(bytes.len()), "misses come whole");
+            let (header, body) = bytes.split_first_chunk().expect("a header");
+            Some((MessageHeader::decode(header), Iotlb::decode(body).expect("an IOTLB message").iova))
+        }
+    }
+}
+
+/// What was sent on a socket and not yet taken by the other side, in bytes as the kernel counts them.
+fn untaken(channel: BorrowedFd<'_>) -> i32 {
+    let mut bytes = 0;
+    // SAFETY: SIOCOUTQ (the same number as TIOCOUTQ) writes one int to the address given; `bytes` is one.
+    let result = unsafe { libc::ioctl(channel.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    bytes
+}
+
+fn send_message(channel: BorrowedFd<'_>, header: MessageHeader, body: &[u8]) {
+    let bytes = [&header.encode()[..], body].concat();
+    assert_eq!(send(channel, &bytes, SendFlags::empty()), Ok(bytes.len()));
+}
+
+#[test]
+fn a_reply_on_one_channel_does_not_overtake_the_update_on_the_other() {
+    const MISSED: u64 = 0x20_0000;
+    let _watchdog = watchdog();
+    let server = Running::start_with(|config| config.miss_timeout_ms = 3_600_000);
+    let worker = RawWorker::attach(&server.control());
+    let mut front_end = started_front_end(&server.front_end());
+    let page = front_end.guest.allocate().expect("a page");
+    front_end.viommu.map(IOVA, page, Access::READ_WRITE).expect("maps");
+    front_end.push_update(IOVA).expect("acknowledged");
+    worker.segment.cells[0].post(1, IovaRange::page_of(MISSED), Access::READ);
+    worker.segment.mark_posted(0);
+    rustix::io::write(&worker.doorbell, &1_u64.to_ne_bytes()).expect("rings");
+    let channel = front_end.channels().1.expect("a back-end channel");
+    let mut due = 0;
+    loop {
+        poll(&mut [PollFd::new(&channel, PollFlags::IN)], None).expect("polls");
+        let Some((header, iova)) = next_miss(channel) else { continue };
+        due += usize::from(header.needs_reply());
+        if iova == MISSED {
+            assert!(header.needs_reply(), "nothing was asked for together with it");
+            break;
+        }
+    }
+    worker.pin();
+    let result = front_end.invalidate_and(IOVA, PAGE_SIZE, |front_end| {
+        worker.wait_until_held();
+        let (main, channel) = front_end.channels();
+        let channel = channel.expect("a back-end channel");
+        // The translation, of which no acknowledgement is asked for, and then that it was sent. The server may read
+        // only the latter now.
+        let update = Iotlb::update(MISSED, PAGE_SIZE, front_end.guest.user_address(page)?, Access::READ).encode();
+        send_message(main, MessageHeader::request(code::IOTLB_UPDATE, update.len(), false), &update);
+        for _ in 0..due {
+            send_message(channel, MessageHeader::reply(BACKEND_IOTLB), &0_u64.to_ne_bytes());
+        }
+        while untaken(channel) != 0 {
+            std::thread::yield_now();
+        }
+        worker.unpin();
+        Ok(())
+    });
+    result.expect("acknowledged");
+    let answer = loop {
+        if let Some(answer) = worker.segment.cells[0].answer(1) {
+            break answer;
+        }
+        std::thread::yield_now();
+    };
+    assert_eq!(answer, Answer::Resolved);
+    // Whatever the server had to ask is there when it has answered this.
+    front_end.push_update(IOVA).expect("acknowledged");
+    let channel = front_end.channels().1.expect("a back-end channel");
+    let asked: Vec<u64> = std::iter::from_fn(|| next_miss(channel)).map(|(_, iova)| iova).collect();
+    assert!(!asked.contains(&MISSED), "asked for again although it was on its way: {asked:x?}");
     server.stop();
 }

@@ -131,13 +131,16 @@ impl EventLoop {
         self.device.handle(Event::BackEndLost, now_ns());
     }
 
-    /// Reads what the front-end answered to misses.
+    /// Reads what the front-end answered to misses. That is judged when everything was read that it may have sent
+    /// before on the main channel: nothing orders the two, and the answer to a miss is that its UPDATE was sent.
     pub(super) fn read_back_end(&mut self) {
         let Some(back_end) = &mut self.back_end else { return };
-        let (replies, end) = back_end.receive();
+        let end = back_end.receive();
         self.heard_ns = now_ns();
-        for value in replies {
-            self.device.handle(Event::MissReply { value }, now_ns());
+        if back_end.has_too_many() {
+            self.judge_replies();
+        } else if let Some(front_end) = &mut self.front_end {
+            front_end.look();
         }
         match end {
             Ok(true) => {}
@@ -153,6 +156,16 @@ impl EventLoop {
             }
             Err(error) => self.back_end_lost(&error.to_string()),
         }
+    }
+
+    /// Tells the device what the front-end answered to misses. Returns whether there was anything.
+    pub(super) fn judge_replies(&mut self) -> bool {
+        let replies = self.back_end.as_mut().map(BackEnd::take_replies).unwrap_or_default();
+        let any = !replies.is_empty();
+        for value in replies {
+            self.device.handle(Event::MissReply { value }, now_ns());
+        }
+        any
     }
 
     fn tell_all(&mut self, change: MemoryChange) {

@@ -8,7 +8,7 @@ use iotlb_proto::vhost_user::{
     BACKEND_IOTLB_MSG, DecodeError, Incoming, IotlbMessage, backend_iotlb, decode_reply_u64,
 };
 
-/// Acknowledgements taken in one round.
+/// Acknowledgements taken in one round: as many as misses are in flight at most.
 const REPLIES_PER_ROUND: usize = 64;
 
 /// Why the channel is over.
@@ -31,12 +31,18 @@ pub(crate) struct BackEnd {
     stream: MessageStream,
     /// Misses wait, and the poller was asked to report room for them.
     waits_for_room: bool,
+    /// What was acknowledged, and not judged yet.
+    replies: Vec<u64>,
 }
 
 impl BackEnd {
     /// Takes over the socket a front-end sent.
     pub(crate) fn new(fd: OwnedFd) -> Result<BackEnd, AddressError> {
-        Ok(BackEnd { stream: MessageStream::from_fd(fd, Incoming::Replies)?, waits_for_room: false })
+        Ok(BackEnd {
+            stream: MessageStream::from_fd(fd, Incoming::Replies)?,
+            waits_for_room: false,
+            replies: Vec::new(),
+        })
     }
 
     /// Puts a message behind those that wait for [`BackEnd::flush`]. An error ends the channel.
@@ -67,27 +73,31 @@ impl BackEnd {
         self.waits_for_room
     }
 
-    /// Takes acknowledgements, and sends what waits. With them, `Ok(true)`: that was all; `Ok(false)`: more may be
-    /// there; or why the channel is over.
-    pub(crate) fn receive(&mut self) -> (Vec<u64>, Result<bool, BackEndError>) {
-        let mut values = Vec::new();
-        let end = self.receive_into(&mut values);
-        (values, end)
-    }
-
-    fn receive_into(&mut self, values: &mut Vec<u64>) -> Result<bool, BackEndError> {
+    /// Reads acknowledgements, and sends what waits. `Ok(true)`: that was all; `Ok(false)`: more may be there; or why
+    /// the channel is over.
+    pub(crate) fn receive(&mut self) -> Result<bool, BackEndError> {
         self.stream.flush()?;
         for _ in 0..REPLIES_PER_ROUND {
             match self.stream.receive()? {
                 // Descriptors have no meaning here, and are closed.
                 Received::Message { header, payload, .. } => {
-                    values.push(decode_reply_u64(BACKEND_IOTLB_MSG, header, &payload)?);
+                    self.replies.push(decode_reply_u64(BACKEND_IOTLB_MSG, header, &payload)?);
                 }
                 Received::WouldBlock => return Ok(true),
                 Received::Closed => return Err(BackEndError::Closed),
             }
         }
         Ok(false)
+    }
+
+    /// Whether more were read than a front-end that plays by the rules can have sent: they need not be kept in order.
+    pub(crate) fn has_too_many(&self) -> bool {
+        self.replies.len() > REPLIES_PER_ROUND
+    }
+
+    /// Takes what was read.
+    pub(crate) fn take_replies(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.replies)
     }
 }
 

@@ -373,6 +373,10 @@ impl EventLoop {
                 return;
             }
             if !self.next_request(&mut seen_ns) {
+                // All there was to read is read, if requests are read at all now.
+                if self.device.accepts_requests() && self.judge_replies() {
+                    continue;
+                }
                 return;
             }
             requests += 1;
