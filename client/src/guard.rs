@@ -132,16 +132,16 @@ impl<'r> Guard<'r> {
     /// The word of the 4 KiB page around `iova`, not loaded yet; `None` when it is not one of the usual ones.
     #[inline(always)]
     pub(crate) fn page_word(&self, iova: u64) -> Option<&AtomicU64> {
-        let last = self.reader.last_node();
-        if last.is_around(iova) { last.word(iova) } else { self.page_word_elsewhere(iova) }
+        let last = self.reader.last_nodes();
+        if last.are_around(iova) { last.word(iova) } else { self.page_word_elsewhere(iova) }
     }
 
-    /// The same in another GiB than before.
+    /// The same in a GiB whose node is not kept.
     #[cold]
     #[inline(never)]
     fn page_word_elsewhere(&self, iova: u64) -> Option<&AtomicU64> {
-        let last = self.reader.last_node();
-        self.shared.table.begin_at(last, iova);
+        let last = self.reader.last_nodes();
+        self.shared.table.keep_node(last, iova);
         last.word(iova)
     }
 

@@ -9,7 +9,7 @@ use std::time::Instant;
 use iotlb_proto::epoch;
 use iotlb_proto::shm::SharedObject;
 use iotlb_proto::sync::{AtomicU64, Ordering};
-use iotlb_proto::table::LastNode;
+use iotlb_proto::table::LastNodes;
 use iotlb_proto::tree::NearNodes;
 
 use crate::attach::Attachment;
@@ -95,8 +95,8 @@ pub struct Reader {
     faults: Cell<u64>,
     /// What the translations of this pin keep.
     pieces: RefCell<Pieces>,
-    /// The node of the GiB that this pin looked into last.
-    last_node: LastNode,
+    /// The nodes of the GiB that this pin looked into last.
+    last_nodes: LastNodes,
     /// The table's memory-map generation.
     map_generation: SharedObject<AtomicU64>,
     /// The one whose regions were all mapped when the pin began; see [`Shared::complete_generation`].
@@ -115,7 +115,7 @@ impl Reader {
         let slot = shared.slots.take().ok_or(ReaderError::TooMany)?;
         shared.segment.announce(slot + 1);
         let (slot_word, writer_sleeps) = (shared.segment.slot(slot), shared.table.writer_sleeps());
-        let (last_node, map_generation) = (shared.table.last_node(), shared.table.map_generation());
+        let (last_nodes, map_generation) = (shared.table.last_nodes(), shared.table.map_generation());
         Ok(Reader {
             shared,
             _attachment: attachment,
@@ -126,7 +126,7 @@ impl Reader {
             due: Cell::new(0),
             faults: Cell::new(0),
             pieces: RefCell::default(),
-            last_node,
+            last_nodes,
             map_generation,
             complete_generation: Cell::new(0),
             near: NearNodes::default(),
@@ -160,8 +160,8 @@ impl Reader {
         } else {
             // Before the fence: it waits for stores, so that what reads this one back at the end does not have to.
             thread_pins::enter();
-            // What it says was valid under the pin before.
-            self.last_node.forget();
+            // What they say was valid under the pin before.
+            self.last_nodes.forget();
             self.complete_generation.set(shared.complete_generation());
             epoch::pin(&self.slot_word, &shared.table.header().epoch.word);
             if let Err(down) = signs.check() {
@@ -340,10 +340,10 @@ impl Reader {
         self.pieces.borrow().get(at)
     }
 
-    /// The node that this pin looked into last.
+    /// The nodes that this pin looked into last.
     #[inline(always)]
-    pub(crate) fn last_node(&self) -> &LastNode {
-        &self.last_node
+    pub(crate) fn last_nodes(&self) -> &LastNodes {
+        &self.last_nodes
     }
 
     /// Whether the table may hold entries into regions that were not mapped when the pin began. `false`: it held none

@@ -85,33 +85,38 @@ impl<T: SharedWords> Deref for SharedObject<T> {
     }
 }
 
-/// One object of a slice, and another one later: to get at it takes no look at the bounds. For one thread at a time.
+/// `N` objects of a slice, and others later: to get at one takes no look at the bounds. For one thread at a time.
 #[derive(Debug)]
-pub struct SharedChoice<T: SharedWords> {
+pub struct SharedChoice<T: SharedWords, const N: usize> {
     slice: SharedSlice<T>,
-    /// Points into the slice.
-    chosen: Cell<Option<NonNull<T>>>,
+    otherwise: SharedObject<T>,
+    /// Each points into the slice, or to the other object.
+    chosen: [Cell<NonNull<T>>; N],
 }
 
-impl<T: SharedWords> SharedChoice<T> {
-    /// Chooses none.
+impl<T: SharedWords, const N: usize> SharedChoice<T, N> {
+    /// Of this slice; for each place, `otherwise` is chosen.
     #[must_use]
-    pub fn new(slice: SharedSlice<T>) -> SharedChoice<T> {
-        SharedChoice { slice, chosen: Cell::new(None) }
+    pub fn new(slice: SharedSlice<T>, otherwise: SharedObject<T>) -> SharedChoice<T, N> {
+        let chosen = std::array::from_fn(|_| Cell::new(NonNull::from(&*otherwise)));
+        SharedChoice { slice, otherwise, chosen }
     }
 
-    /// Chooses this one, or none if there is no such.
-    pub fn choose(&self, index: Option<usize>) {
-        self.chosen.set(index.and_then(|index| self.slice.get(index)).map(NonNull::from));
+    /// Chooses this one for `place`, or the other object if there is no such. There is no place from `N` on.
+    pub fn choose(&self, place: usize, index: Option<usize>) {
+        if let Some(chosen) = self.chosen.get(place) {
+            let object = index.and_then(|index| self.slice.get(index));
+            chosen.set(NonNull::from(object.unwrap_or(&self.otherwise)));
+        }
     }
 
-    /// The one that was chosen last.
+    /// The one that was chosen last for `place`.
     #[inline(always)]
     #[must_use]
-    pub fn chosen(&self) -> Option<&T> {
-        // SAFETY: `choose` took the pointer from a reference into `self.slice`, which keeps the mapping for as long as
-        // it lives.
-        self.chosen.get().map(|object| unsafe { object.as_ref() })
+    pub fn chosen(&self, place: usize) -> Option<&T> {
+        // SAFETY: `new` and `choose` took the pointer from a reference to what `self.slice` or `self.otherwise` views,
+        // and these keep their mappings for as long as they live.
+        self.chosen.get(place).map(|object| unsafe { object.get().as_ref() })
     }
 
     /// All of them.
@@ -123,4 +128,4 @@ impl<T: SharedWords> SharedChoice<T> {
 }
 
 // SAFETY: what it points to is atomics only, in a mapping that it keeps; nothing belongs to one thread.
-unsafe impl<T: SharedWords> Send for SharedChoice<T> {}
+unsafe impl<T: SharedWords, const N: usize> Send for SharedChoice<T, N> {}

@@ -1,54 +1,69 @@
-//! The node of the GiB that a reader looked into last: what most lookups begin at.
+//! The nodes of the GiB that a reader looked into last: what most lookups begin at.
 
 use std::cell::Cell;
 
 use crate::layout::table::Node;
-use crate::shm::{SharedChoice, SharedSlice};
+use crate::shm::{SharedChoice, SharedObject, SharedSlice};
 use crate::sync::AtomicU64;
 use crate::tree::walk::{gib_of, lowest_node, middle_node, word_of};
+
+/// Nodes kept. Linux hands out addresses below 4 GiB as long as there are any, so these are all that most guests use.
+const KEPT: usize = 4;
 
 /// No GiB has this number.
 const NOWHERE: u64 = u64::MAX;
 
-/// The node. It is good for as long as the pin under which it was found, no longer: see [`crate::tree::walk`].
+/// The nodes. They are good for as long as the pin under which they were found, no longer: see [`crate::tree::walk`].
 #[derive(Debug)]
-pub struct LastNode {
-    gib: Cell<u64>,
-    node: SharedChoice<Node>,
+pub struct LastNodes {
+    gibs: [Cell<u64>; KEPT],
+    nodes: SharedChoice<Node, KEPT>,
 }
 
-impl LastNode {
-    /// Of a table with these nodes.
-    pub(super) fn new(nodes: SharedSlice<Node>) -> LastNode {
-        LastNode { gib: Cell::new(NOWHERE), node: SharedChoice::new(nodes) }
+impl LastNodes {
+    /// Of a table with these nodes, of which `nothing` is the one that is always empty.
+    pub(super) fn new(nodes: SharedSlice<Node>, nothing: SharedObject<Node>) -> LastNodes {
+        LastNodes { gibs: [const { Cell::new(NOWHERE) }; KEPT], nodes: SharedChoice::new(nodes, nothing) }
     }
 
-    /// Whether `iova` lies in the GiB that was looked into last.
+    /// Whether `iova` lies in a GiB that was looked into, and whose node is kept.
     #[inline(always)]
     #[must_use]
-    pub fn is_around(&self, iova: u64) -> bool {
-        gib_of(iova) == self.gib.get()
+    pub fn are_around(&self, iova: u64) -> bool {
+        self.gibs[place_of(iova)].get() == gib_of(iova)
     }
 
-    /// The word of the 4 KiB page around `iova`, which [`LastNode::is_around`], whatever it says. `None`: no such word
-    /// here; ask [`TableReader::lookup_leaf`](super::TableReader::lookup_leaf).
+    /// The word of the 4 KiB page around `iova`, which they [`LastNodes::are_around`], whatever it says. `None`: no
+    /// such word here; ask [`TableReader::lookup_leaf`](super::TableReader::lookup_leaf).
     #[inline(always)]
     #[must_use]
     pub fn word(&self, iova: u64) -> Option<&AtomicU64> {
-        debug_assert!(self.is_around(iova), "{iova:#x} is not in GiB {:#x}", self.gib.get());
-        word_of(self.node.all(), lowest_node(self.node.chosen()?, iova), iova)
+        debug_assert!(self.are_around(iova), "{iova:#x} is in none of {:x?}", self.gibs);
+        word_of(self.nodes.all(), lowest_node(self.nodes.chosen(place_of(iova))?, iova), iova)
     }
 
-    /// Begins at the GiB around `iova` from now on. `root` is the root word as it is now.
-    pub(super) fn begin_at(&self, root: u64, iova: u64) {
-        self.gib.set(gib_of(iova));
-        self.node.choose(middle_node(root, self.node.all(), iova));
+    /// Keeps the node of the GiB around `iova` from now on. `root` is the root word as it is now.
+    pub(super) fn keep(&self, root: u64, iova: u64) {
+        self.gibs[place_of(iova)].set(gib_of(iova));
+        self.nodes.choose(place_of(iova), middle_node(root, self.nodes.all(), iova));
     }
 
-    /// Forgets the node: when a pin begins.
+    /// Forgets them: when a pin begins.
     #[inline(always)]
     pub fn forget(&self) {
-        self.gib.set(NOWHERE);
+        for gib in &self.gibs {
+            gib.set(NOWHERE);
+        }
+    }
+}
+
+/// Where the node of the GiB around `iova` is kept.
+#[inline(always)]
+const fn place_of(iova: u64) -> usize {
+    // Masked.
+    #[allow(clippy::cast_possible_truncation)]
+    {
+        gib_of(iova) as usize & (KEPT - 1)
     }
 }
 
@@ -66,9 +81,9 @@ mod tests {
     const TARGET: u64 = 0x5000;
 
     /// What the page around `iova` says there; `None` also where it says nothing.
-    fn page(reader: &TableReader, last: &LastNode, iova: u64) -> Option<u64> {
-        if !last.is_around(iova) {
-            reader.begin_at(last, iova);
+    fn page(reader: &TableReader, last: &LastNodes, iova: u64) -> Option<u64> {
+        if !last.are_around(iova) {
+            reader.keep_node(last, iova);
         }
         last.word(iova).map(|word| word.load(Ordering::Acquire)).filter(|found| entry::is_leaf(*found))
     }
@@ -81,10 +96,10 @@ mod tests {
     fn a_kept_node_finds_what_it_held_and_never_anything_else() {
         let (mut table, reader) = tables();
         insert(&mut table, 0, TARGET);
-        let last = reader.last_node();
+        let last = reader.last_nodes();
         assert_eq!(page(&reader, &last, 0), None, "one level is not the usual tree");
         insert(&mut table, GIB, TARGET);
-        let found = |table: &TableWriter, last: &LastNode| {
+        let found = |table: &TableWriter, last: &LastNodes| {
             (page(&reader, last, GIB + 7), table.memory().lookup_leaf(GIB).is_some())
         };
         assert_eq!(found(&table, &last), (leaf(), true));
@@ -100,26 +115,28 @@ mod tests {
     }
 
     #[test]
-    fn it_serves_one_gib_at_a_time() {
+    fn they_serve_what_was_looked_into_and_nothing_else() {
         let (mut table, reader) = tables();
-        for place in [1, 2, 511] {
+        for place in [1, 2, 3, 4, 511] {
             insert(&mut table, place * GIB, TARGET);
         }
-        let last = reader.last_node();
-        assert!(!last.is_around(0) && !last.is_around(u64::MAX), "nothing was looked into yet");
-        for place in [1, 2, 511, 2, 1] {
+        let last = reader.last_nodes();
+        assert!(!last.are_around(0) && !last.are_around(u64::MAX), "nothing was looked into yet");
+        for place in [1, 2, 3, 4, 511, 2, 3, 4, 1] {
             assert_eq!(page(&reader, &last, place * GIB), leaf(), "{place}");
             assert_eq!(page(&reader, &last, place * GIB + 4096), None, "{place}");
-            for elsewhere in [0, 3 * GIB, 512 * GIB, 513 * GIB, u64::MAX] {
-                assert!(!last.is_around(elsewhere), "{place} {elsewhere:#x}");
+            for elsewhere in [0, 5 * GIB, 512 * GIB, 513 * GIB, u64::MAX] {
+                assert!(!last.are_around(elsewhere), "{place} {elsewhere:#x}");
             }
         }
-        for nowhere in [0, 3 * GIB, 512 * GIB, 513 * GIB, u64::MAX] {
+        let kept = [1, 2, 3, 4, 511].map(|place| last.are_around(place * GIB));
+        assert_eq!(kept, [true, true, true, true, false], "511 has lost its place to 3");
+        for nowhere in [0, 5 * GIB, 512 * GIB, 513 * GIB, u64::MAX] {
             assert_eq!(page(&reader, &last, nowhere), None, "{nowhere:#x}");
-            assert!(last.is_around(nowhere), "it is not looked for again and again");
+            assert!(last.are_around(nowhere), "it is not looked for again and again");
         }
         last.forget();
-        assert!(!last.is_around(u64::MAX));
+        assert!(![0, 2 * GIB, 3 * GIB, u64::MAX].iter().any(|iova| last.are_around(*iova)));
     }
 
     #[test]
@@ -130,7 +147,7 @@ mod tests {
         table.insert(whole, 0, Access::READ_WRITE).expect("there is room");
         let half = IovaRange::from_len(2 * GIB, 2 << 20).expect("a range");
         table.insert(half, 0, Access::READ_WRITE).expect("there is room");
-        let last = reader.last_node();
+        let last = reader.last_nodes();
         for iova in [GIB, GIB + (7 << 20), 2 * GIB, 2 * GIB + 4096] {
             assert_eq!(page(&reader, &last, iova), None, "{iova:#x}");
             assert!(table.memory().lookup_leaf(iova).is_some());

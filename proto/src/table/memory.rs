@@ -63,6 +63,8 @@ mod mapped {
     };
     use crate::layout::{LAYOUT_HASH, LAYOUT_VERSION};
     use crate::shm::{Mapping, MappingError, MemfdError, SharedObject, SharedSlice, memfd};
+    use crate::table::LastNodes;
+    use crate::tree::entry::NOTHING;
 
     /// Why a table could not be made or taken.
     #[derive(Debug, thiserror::Error)]
@@ -100,6 +102,8 @@ mod mapped {
     pub struct TableMemory {
         header: SharedObject<TableHeader>,
         nodes: SharedSlice<Node>,
+        /// The first of the nodes.
+        nothing: SharedObject<Node>,
         side: SharedSlice<SideCopy>,
         queues: SharedSlice<QueueRecordWords>,
     }
@@ -151,6 +155,7 @@ mod mapped {
             Ok(TableMemory {
                 header: SharedObject::new(&mapping, 0)?,
                 nodes: SharedSlice::new(&mapping, NODES_OFFSET, nodes as usize)?,
+                nothing: SharedObject::new(&mapping, NODES_OFFSET + NOTHING as usize * size_of::<Node>())?,
                 side: SharedSlice::new(&mapping, SIDE_OFFSET, SIDE_COPIES)?,
                 queues: SharedSlice::new(&mapping, QUEUES_OFFSET, QUEUE_CAPACITY)?,
             })
@@ -174,8 +179,8 @@ mod mapped {
             &self.nodes
         }
 
-        pub(in crate::table) fn nodes_object(&self) -> &SharedSlice<Node> {
-            &self.nodes
+        pub(in crate::table) fn last_nodes(&self) -> LastNodes {
+            LastNodes::new(self.nodes.clone(), self.nothing.part(|node| node))
         }
 
         /// The copies of the side array.

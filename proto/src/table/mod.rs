@@ -15,7 +15,7 @@ pub mod translation;
 pub mod writer;
 
 #[cfg(not(loom))]
-pub use last::LastNode;
+pub use last::LastNodes;
 pub use memory::{TableError, TableMemory};
 #[cfg(not(loom))]
 pub use reader::TableReader;

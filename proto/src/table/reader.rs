@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use super::{LastNode, QueueRecord, TableError, TableMemory, Translation};
+use super::{LastNodes, QueueRecord, TableError, TableMemory, Translation};
 use crate::access::Access;
 use crate::layout::table::TableHeader;
 use crate::shm::SharedObject;
@@ -68,15 +68,15 @@ impl TableReader {
         self.memory.header().roots.tree.load(Ordering::Acquire)
     }
 
-    /// A place for the node that was looked into last; none was.
+    /// A place for the nodes that were looked into last; none were.
     #[must_use]
-    pub fn last_node(&self) -> LastNode {
-        LastNode::new(self.memory.nodes_object().clone())
+    pub fn last_nodes(&self) -> LastNodes {
+        self.memory.last_nodes()
     }
 
-    /// Has `last`, which is of this table, begin at the GiB around `iova` for as long as the present pin lasts.
-    pub fn begin_at(&self, last: &LastNode, iova: u64) {
-        last.begin_at(self.root(), iova);
+    /// Has `last`, which is of this table, keep the node of the GiB around `iova` for as long as the present pin lasts.
+    pub fn keep_node(&self, last: &LastNodes, iova: u64) {
+        last.keep(self.root(), iova);
     }
 
     /// The entry of the page around `iova`, when its node is one of `near`, which this pin met in this table; see

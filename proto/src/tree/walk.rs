@@ -1,8 +1,8 @@
 //! The reader's lookup: loads, one a level.
 //!
 //! [`lookup`] begins at the root word and finds every leaf. What nearly all lookups of a guest's driver are, a 4 KiB
-//! page below 512 GiB near those before, goes a shorter way: the node of the GiB that was looked into last is kept
-//! ([`LastNode`](crate::table::LastNode)), or lowest nodes are ([`super::near`]), for as long as the pin lasts. Then
+//! page below 512 GiB near those before, goes a shorter way: the nodes of a few GiB that were looked into last are kept
+//! ([`LastNodes`](crate::table::LastNodes)), or lowest nodes are ([`super::near`]), for as long as the pin lasts. Then
 //! two loads are left, or one, and no loop.
 //!
 //! # Why a node may be kept for the length of a pin
