@@ -151,7 +151,7 @@ impl<'r> Guard<'r> {
         let (inside, target) = (iova & PAGE_MASK, entry::target(leaf));
         // `len - 1` of an empty range is larger than any page. The arena has whole pages.
         let in_page = len.wrapping_sub(1) <= PAGE_MASK && inside.wrapping_add(len.wrapping_sub(1)) <= PAGE_MASK;
-        if !in_page || target >= self.shared.arena.size() || self.reader.map_differs() {
+        if !in_page || target >= self.reader.arena().size || self.reader.map_differs() {
             return None;
         }
         self.segment(target | inside, len)
@@ -192,7 +192,7 @@ impl<'r> Guard<'r> {
 
     #[inline]
     fn in_arena(&self, offset: u64, len: u64) -> bool {
-        let size = self.shared.arena.size();
+        let size = self.reader.arena().size;
         offset <= size && len <= size - offset
     }
 
@@ -203,8 +203,8 @@ impl<'r> Guard<'r> {
         // Both fit: the arena is no larger than the address space.
         let (offset, len) = (usize::try_from(offset).ok()?, usize::try_from(len).ok()?);
         // SAFETY: the callers have compared the offset with the arena's size, so the sum lies in the arena's own
-        // reservation, or just behind it.
-        let pointer = unsafe { self.shared.arena.base().add(offset) };
+        // reservation, or just behind it. The reader keeps the arena.
+        let pointer = unsafe { self.reader.arena().base.add(offset) };
         Some(Segment::new(pointer, len))
     }
 

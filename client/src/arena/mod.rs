@@ -79,6 +79,18 @@ struct Regions {
     revoked: bool,
 }
 
+/// Where an arena is, for who asks with each lookup. An arena stays where it is; whoever uses the address keeps it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Span {
+    /// First byte.
+    pub(crate) base: NonNull<u8>,
+    /// Bytes.
+    pub(crate) size: u64,
+}
+
+// SAFETY: an address and a number, with which nothing can be done that is not unsafe by itself.
+unsafe impl Send for Span {}
+
 /// The arena of one attachment. Changed by the control thread only.
 #[derive(Debug)]
 pub(crate) struct Arena {
@@ -99,10 +111,9 @@ impl Arena {
         Ok(Arena { memory, regions: Mutex::default(), refused: AtomicU32::new(0) })
     }
 
-    /// First byte.
-    #[inline]
-    pub(crate) fn base(&self) -> NonNull<u8> {
-        self.memory.base()
+    /// Where it is.
+    pub(crate) fn span(&self) -> Span {
+        Span { base: self.memory.base(), size: self.size() }
     }
 
     /// Bytes.

@@ -12,6 +12,7 @@ use iotlb_proto::sync::{AtomicU64, Ordering};
 use iotlb_proto::table::LastNodes;
 use iotlb_proto::tree::NearNodes;
 
+use crate::arena::Span;
 use crate::attach::Attachment;
 use crate::guard::Guard;
 use crate::miss::{self, RequestError, ResolveError, Spin, Ticket};
@@ -95,6 +96,8 @@ pub struct Reader {
     faults: Cell<u64>,
     /// What the translations of this pin keep.
     pieces: RefCell<Pieces>,
+    /// Where `shared` has its arena.
+    arena: Span,
     /// The nodes of the GiB that this pin looked into last.
     last_nodes: LastNodes,
     /// The table's memory-map generation.
@@ -116,6 +119,7 @@ impl Reader {
         shared.segment.announce(slot + 1);
         let (slot_word, writer_sleeps) = (shared.segment.slot(slot), shared.table.writer_sleeps());
         let (last_nodes, map_generation) = (shared.table.last_nodes(), shared.table.map_generation());
+        let arena = shared.arena.span();
         Ok(Reader {
             shared,
             _attachment: attachment,
@@ -126,6 +130,7 @@ impl Reader {
             due: Cell::new(0),
             faults: Cell::new(0),
             pieces: RefCell::default(),
+            arena,
             last_nodes,
             map_generation,
             complete_generation: Cell::new(0),
@@ -338,6 +343,12 @@ impl Reader {
 
     pub(crate) fn kept_piece(&self, at: usize) -> Option<Piece> {
         self.pieces.borrow().get(at)
+    }
+
+    /// Where the arena is; for as long as the reader is there.
+    #[inline(always)]
+    pub(crate) fn arena(&self) -> Span {
+        self.arena
     }
 
     /// The nodes that this pin looked into last.
