@@ -151,7 +151,7 @@ impl<'r> Guard<'r> {
         let (inside, target) = (iova & PAGE_MASK, entry::target(leaf));
         // `len - 1` of an empty range is larger than any page. The arena has whole pages.
         let in_page = len.wrapping_sub(1) <= PAGE_MASK && inside.wrapping_add(len.wrapping_sub(1)) <= PAGE_MASK;
-        if !in_page || target >= self.reader.arena().size || self.reader.map_differs() {
+        if !in_page || target >= self.reader.arena().size || self.reader.map_changed() {
             return None;
         }
         self.segment(target | inside, len)
@@ -173,21 +173,12 @@ impl<'r> Guard<'r> {
         self.segment(offset, len)
     }
 
-    /// The table's memory-map generation. Asked for *after* an entry was loaded: the entry points into regions of this
-    /// generation or of older ones.
-    #[inline]
-    fn map_generation(&self) -> u64 {
-        // Acquire, after the acquire load of the entry. Its partner is the daemon's bump of the generation, which
-        // comes before its release of the first entry into a new region: who sees the entry sees the generation.
-        self.shared.table.header().state.memory_map_generation.load(Ordering::Acquire)
-    }
-
     /// Whether the table may hold entries into regions that are not mapped. The other side may change during the pin:
     /// regions are added then, and none is taken away that an entry this pin can reach points into, since the daemon
     /// says so only after the grace period that took the entries away.
     #[inline]
     fn map_differs(&self) -> bool {
-        self.map_generation() != self.shared.complete_generation()
+        self.reader.map_generation() != self.shared.complete_generation()
     }
 
     #[inline]
@@ -249,7 +240,7 @@ impl<'r> Guard<'r> {
             let access = if access.is_none() { Access::READ } else { access };
             return Err(Fault::Miss { iova, access });
         };
-        if self.map_generation() > self.shared.mapped_generation() {
+        if self.reader.map_generation() > self.shared.mapped_generation() {
             return Err(Fault::Remapping);
         }
         let last = leaf.last.min(range.last());

@@ -357,14 +357,21 @@ impl Reader {
         &self.last_nodes
     }
 
-    /// Whether the table may hold entries into regions that were not mapped when the pin began. `false`: it held none
-    /// when an entry was loaded *before* this was asked. What is mapped stays so for the length of the pin: the daemon
-    /// says that a region goes when no pin can reach it any more.
+    /// The table's memory-map generation. Asked for *after* an entry was loaded: the entry points into regions of this
+    /// generation or of older ones.
     #[inline(always)]
-    pub(crate) fn map_differs(&self) -> bool {
+    pub(crate) fn map_generation(&self) -> u64 {
         // Acquire, after the acquire load of the entry. Its partner is the daemon's bump of the generation, which comes
         // before its release of the first entry into a new region: who sees the entry sees the generation.
-        self.map_generation.load(Ordering::Acquire) != self.complete_generation.get()
+        self.map_generation.load(Ordering::Acquire)
+    }
+
+    /// Whether an entry that was loaded *before* this is asked may point into regions that were not mapped when the pin
+    /// began. What is mapped stays so for the length of the pin: the daemon says that a region goes when no pin can
+    /// reach it any more.
+    #[inline(always)]
+    pub(crate) fn map_changed(&self) -> bool {
+        self.map_generation() != self.complete_generation.get()
     }
 
     /// Nodes of the table that this pin met.
