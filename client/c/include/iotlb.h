@@ -346,7 +346,7 @@ const char *iotlb_last_error(void);
 //
 // IOTLB_OK; IOTLB_FULL when there are more pieces than `capacity`; IOTLB_MISS, with what is missing in `*fault` unless
 // that is NULL; IOTLB_REMAPPING; IOTLB_INVALID; IOTLB_NOT_PINNED.
-enum iotlb_status iotlb_translate(struct iotlb_reader *reader,
+enum iotlb_status iotlb_translate(const struct iotlb_reader *reader,
                                   uint64_t iova,
                                   uint64_t length,
                                   uint32_t access,
@@ -372,14 +372,14 @@ size_t iotlb_translate_burst(const struct iotlb_reader *reader,
                              void **addresses);
 
 // Copies `length` bytes from `iova` on to `buffer`. Nothing is copied when there is a fault; see iotlb_translate.
-enum iotlb_status iotlb_copy_from(struct iotlb_reader *reader,
+enum iotlb_status iotlb_copy_from(const struct iotlb_reader *reader,
                                   uint64_t iova,
                                   void *buffer,
                                   size_t length,
                                   struct iotlb_fault *fault);
 
 // Copies `length` bytes from `buffer` to `iova` and on. Nothing is copied when there is a fault; see iotlb_translate.
-enum iotlb_status iotlb_copy_to(struct iotlb_reader *reader,
+enum iotlb_status iotlb_copy_to(const struct iotlb_reader *reader,
                                 uint64_t iova,
                                 const void *buffer,
                                 size_t length,

@@ -58,7 +58,7 @@ pub struct iotlb_fault {
 /// written, and so is `fault` unless it is NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn iotlb_translate(
-    reader: *mut iotlb_reader,
+    reader: *const iotlb_reader,
     iova: u64,
     length: u64,
     access: u32,
@@ -155,7 +155,7 @@ pub unsafe extern "C" fn iotlb_translate_burst(
 /// `fault` is NULL or good to be written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn iotlb_copy_from(
-    reader: *mut iotlb_reader,
+    reader: *const iotlb_reader,
     iova: u64,
     buffer: *mut c_void,
     length: usize,
@@ -178,7 +178,7 @@ pub unsafe extern "C" fn iotlb_copy_from(
 /// As iotlb_copy_from.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn iotlb_copy_to(
-    reader: *mut iotlb_reader,
+    reader: *const iotlb_reader,
     iova: u64,
     buffer: *const c_void,
     length: usize,

@@ -2,6 +2,9 @@
 
 use std::path::Path;
 
+use iotlb_proto::control::message::NAME_MAX;
+use iotlb_proto::layout::worker::{CELL_PAGES_MAX, SLOT_CAPACITY};
+
 #[test]
 fn the_header_is_made_of_these_sources() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -21,6 +24,14 @@ fn the_header_is_made_of_these_sources() {
         kept == made,
         "include/iotlb.h is not of these sources: run IOTLB_WRITE_HEADER=1 cargo test -p iotlb-client-c --test header"
     );
+}
+
+#[test]
+fn numbers_that_the_header_names_are_those_of_the_layout() {
+    let header = include_str!("../include/iotlb.h");
+    assert_eq!((CELL_PAGES_MAX, SLOT_CAPACITY, NAME_MAX), (17, 64, 64));
+    assert!(header.contains("at most 17 pages") && header.contains("all 64 of this worker"));
+    assert_eq!(header.matches("at most 64 bytes").count(), 2);
 }
 
 /// Leaves the `# Safety` sections out: what they ask of a caller is said once, at the top of the header.
