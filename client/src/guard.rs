@@ -327,13 +327,18 @@ impl<'r> Guard<'r> {
     }
 
     /// Grows with every translation that was taken away. A pointer that is kept across pins is void when it changed,
-    /// and with its attachment.
+    /// and with its attachment. Ask *before* the translation that yields the pointer, and a guard of the same reader:
+    /// what that translates from then on is no older than the generation.
     #[inline]
     #[must_use]
     pub fn removal_generation(&self) -> u64 {
         // Acquire pairs with the daemon's release; a removal that the pin is too late for has bumped it before the
         // fence that orders both.
-        self.shared.table.header().epoch.removal_generation.load(Ordering::Acquire)
+        let generation = self.shared.table.header().epoch.removal_generation.load(Ordering::Acquire);
+        // A node kept from before still says what was there before the removal. That serves the pin, but not a pointer
+        // kept under this generation; so what is looked up from here on begins at the root word again.
+        self.reader.forget_nodes();
+        generation
     }
 
     /// Grows with every front-end session and device reset.

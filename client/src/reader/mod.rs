@@ -215,14 +215,26 @@ impl Reader {
             self.due.set(self.due.get() & !KEEPS_PIECES);
             self.pieces.borrow_mut().clear();
         }
-        if self.due.get() & KEEPS_NODES != 0 {
-            self.due.set(self.due.get() & !KEEPS_NODES);
-            // The next pin must not find them: what they say was valid under this one.
-            self.near.clear();
-        }
+        // The next pin must not find them: what they say was valid under this one.
+        self.forget_near();
         if self.due.get() >= FLUSH_LOOKUPS {
             self.flush_counters();
         }
+    }
+
+    #[inline]
+    fn forget_near(&self) {
+        if self.due.get() & KEEPS_NODES != 0 {
+            self.due.set(self.due.get() & !KEEPS_NODES);
+            self.near.clear();
+        }
+    }
+
+    /// Forgets all nodes that this pin met: the next lookups begin at the root word.
+    #[inline]
+    pub(crate) fn forget_nodes(&self) {
+        self.last_nodes.forget();
+        self.forget_near();
     }
 
     #[inline]

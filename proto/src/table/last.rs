@@ -13,7 +13,8 @@ const KEPT: usize = 4;
 /// No GiB has this number.
 const NOWHERE: u64 = u64::MAX;
 
-/// The nodes. They are good for as long as the pin under which they were found, no longer: see [`crate::tree::walk`].
+/// The nodes. They are good for as long as the pin under which they were found, no longer, and not for what is kept
+/// under a removal generation read after they were found: see [`crate::tree::walk`].
 #[derive(Debug)]
 pub struct LastNodes {
     gibs: [Cell<u64>; KEPT],
@@ -48,7 +49,7 @@ impl LastNodes {
         self.nodes.choose(place_of(iova), middle_node(root, self.nodes.all(), iova));
     }
 
-    /// Forgets them: when a pin begins.
+    /// Forgets them: when a pin begins, and when a removal generation is read.
     #[inline(always)]
     pub fn forget(&self) {
         for gib in &self.gibs {

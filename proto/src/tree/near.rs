@@ -2,7 +2,8 @@
 //! buffers around them.
 //!
 //! A node may be kept for the length of a pin, the lowest as well as the root ([`super::walk`] says why), and as there,
-//! a miss below a kept node means nothing yet: it may have been replaced since.
+//! a miss below a kept node means nothing yet: it may have been replaced since. And as there, they are forgotten when
+//! a removal generation is read.
 
 use std::cell::Cell;
 

@@ -19,6 +19,10 @@
 //! * *It was emptied, or unlinked and replaced by a new one.* Then it says what it said before, or "nothing" about
 //!   leaves that a walk from the root would find. So a miss here means nothing yet: ask [`lookup`], which reads the
 //!   root word again.
+//!
+//! The end of the pin limits that as well: what a kept node yields must not outlive it. Who keeps a pointer longer does
+//! so under a removal generation, which promises that all removals up to it were seen. A node that was found before the
+//! generation was read has not seen them: forget all kept nodes when it is read, and translate afterwards.
 
 use super::{HEIGHT_MAX, entry, level_shift};
 use crate::access::Access;

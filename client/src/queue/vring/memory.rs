@@ -43,6 +43,7 @@ pub struct Generations {
 /// Every piece given to `visit` must stay valid for reads, and for writes when `access` has them, for as long as
 /// `self` is borrowed. It must stay valid longer, namely under a later value of the same source, for as long as
 /// [`RingMemory::generations`] read *after* that value came into being still equal those read before the translation.
+/// So nothing that a value keeps to translate faster may be older than the generations it last answered with.
 /// Values that answer with the same [`Generations::source`] are of the same source: the other generations alone may be
 /// equal for two places where the same memory, or other memory, is mapped.
 pub unsafe trait RingMemory {
@@ -66,9 +67,12 @@ pub unsafe trait RingMemory {
 
 // SAFETY: a translation holds while the guard lives, that is while the reader is pinned. It holds beyond the unpin
 // until it is unlinked, and an unlink bumps the removal generation before the grace period that ends with the old
-// mapping's end; a guard that pinned after the bump sees it. The table that holds the generations may be the same for
-// several attachments, of which each has an arena of its own: `Shared::new` gives each a source that is unique in this
-// process, so equal generations are of the same arena, and while one of its guards lives, the arena does.
+// mapping's end; a guard that pinned after the bump sees it. Nothing unlinked before a bump is translated after
+// that bump was read: the load is an acquire, and `Guard::removal_generation` has the reader forget the nodes that it
+// kept for its pin, so that each lookup afterwards begins at a root word loaded after it. The table that holds the
+// generations may be the same for several attachments, of which each has an arena of its own: `Shared::new` gives each
+// a source that is unique in this process, so equal generations are of the same arena, and while one of its guards
+// lives, the arena does.
 unsafe impl RingMemory for Guard<'_> {
     fn translate_pieces(
         &self,
