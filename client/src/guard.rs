@@ -54,6 +54,14 @@ pub enum Fault {
 ///     guard.translate(0, 1, iotlb_client::Access::READ).unwrap()
 /// }
 /// ```
+///
+/// and nothing but its drop ends the pin: the slot that says so cannot be reached:
+///
+/// ```compile_fail,E0599
+/// fn unpins(attachment: &iotlb_client::Attachment) {
+///     attachment.segment().slots[0].word.store(0, iotlb_proto::sync::Ordering::Release);
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Guard<'r> {
     // Two words and no more. A pin's fence waits for all stores before it, those of the pin before included; a guard of

@@ -136,9 +136,10 @@ fn what_a_child_drops_is_not_looked_for_in_memory_that_it_has_not_got() {
     let mut reader = attachment.reader().expect("a reader");
     let ticket = reader.request(0x10_0000, 1, Access::READ).expect("posted");
     let page = reader.pin().expect("pin").translate_one(0, 1, Access::READ).map(|segment| segment.as_ptr());
+    let at = |address| NonNull::new(std::ptr::with_exposed_provenance_mut(address)).expect("mapped");
     let places = [
-        (NonNull::from(attachment.table().header()).cast(), usize::try_from(TABLE_SIZE).expect("small")),
-        (NonNull::from(&**attachment.segment()).cast(), SEGMENT_SIZE),
+        (at(support::table_address(&daemon.table_fd)), usize::try_from(TABLE_SIZE).expect("small")),
+        (at(support::segment_address(&attachment)), SEGMENT_SIZE),
         (page.and_then(NonNull::new).expect("mapped"), usize::try_from(PAGE_SIZE).expect("small")),
     ];
     let mut handles = Some((ticket, reader, queue, attachment));

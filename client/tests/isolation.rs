@@ -174,14 +174,14 @@ fn attempts(fd: &OwnedFd, size: u64) -> Vec<(&'static str, bool)> {
 #[test]
 fn the_table_cannot_be_written_by_any_path() {
     let mut daemon = Daemon::new();
-    let attachment = daemon.attach().expect("attach");
+    let _attachment = daemon.attach().expect("attach");
     daemon.map(0x1000, 0x1000, 0x2000, Access::READ);
     let before = daemon.table().lookup(0x1000);
     for (how, worked) in attempts(&daemon.table_fd, support::TABLE_SIZE) {
         assert!(!worked, "{how} wrote the table");
     }
     // The mapping the reader really uses.
-    let page = std::ptr::from_ref(attachment.table().header()).cast_mut().cast();
+    let page = std::ptr::with_exposed_provenance_mut(support::table_address(&daemon.table_fd));
     // SAFETY: fails, which is what is tested; were it allowed, nothing would be written here.
     let writable = unsafe { rustix::mm::mprotect(page, 4096, MprotectFlags::READ | MprotectFlags::WRITE) };
     assert!(writable.is_err(), "the reader's own mapping became writable");

@@ -81,7 +81,7 @@ impl Stage {
 
     fn run(&mut self) -> Step {
         let backlog = &mut self.backlog;
-        let collect = self.lane.run(&mut self.reader, self.attachment.segment(), |ring, guard, record, features| {
+        let collect = self.lane.run(&mut self.reader, self.attachment.counters(), |ring, guard, record, features| {
             let room = backlog.room();
             let done = tx::collect(ring, guard, record, features, backlog, room);
             Done { call: done.call, chains: done.chains, bytes: done.bytes, fault: done.fault }
@@ -92,7 +92,7 @@ impl Stage {
     /// The same for a queue that receives.
     fn deliver(&mut self) -> Step {
         let backlog = &mut self.backlog;
-        let deliver = self.lane.run(&mut self.reader, self.attachment.segment(), |ring, guard, record, features| {
+        let deliver = self.lane.run(&mut self.reader, self.attachment.counters(), |ring, guard, record, features| {
             let done = rx::deliver(ring, guard, record, features, backlog);
             Done { call: done.call, chains: done.chains, bytes: done.bytes, fault: done.fault }
         });
@@ -399,15 +399,15 @@ fn a_lane_whose_pages_do_not_come_keeps_no_other_from_being_waited_for() {
     memory.poke(DESC, &[&page(0).to_le_bytes()[..], &PACKET_LEN.to_le_bytes(), &[0; 4]].concat());
     memory.poke(AVAIL + 2, &1_u16.to_le_bytes());
 
-    assert_eq!(pair.serve(&mut reader, attachment.segment()).expect("alive"), Next::Now, "a ring has started");
-    assert_eq!(pair.serve(&mut reader, attachment.segment()).expect("alive"), Next::Event, "both wait for pages");
+    assert_eq!(pair.serve(&mut reader, attachment.counters()).expect("alive"), Next::Now, "a ring has started");
+    assert_eq!(pair.serve(&mut reader, attachment.counters()).expect("alive"), Next::Event, "both wait for pages");
     let (packet, tables): (Vec<Asked>, Vec<Asked>) =
         asked(&daemon).into_iter().partition(|(.., range)| range.first() == page(0));
     assert_eq!((packet.len(), tables.len()), (1, 2), "a buffer; what is read of the tables, and what is written");
     tables.into_iter().for_each(|request| say(&daemon, request, Answer::TimedOut));
     packet.into_iter().for_each(|request| answer(&daemon, request));
     assert_eq!(pair.wait(&mut reader).expect("alive"), Next::Now, "one may not, the other may go on");
-    pair.serve(&mut reader, attachment.segment()).expect("alive");
+    pair.serve(&mut reader, attachment.counters()).expect("alive");
     assert_eq!(pair.figures().sent, 1);
 }
 

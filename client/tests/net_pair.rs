@@ -80,7 +80,7 @@ impl Stage {
     }
 
     fn serve(&mut self) -> Next {
-        self.pair.serve(&mut self.reader, self.attachment.segment()).expect("the attachment lives")
+        self.pair.serve(&mut self.reader, self.attachment.counters()).expect("the attachment lives")
     }
 
     fn post(&self, queue: u16, len: u32, flags: u16) {
@@ -263,7 +263,7 @@ fn a_packet_that_the_kernel_cannot_hand_out_is_dropped_and_a_tap_that_is_gone_is
 
     ip("link delete tap0");
     stage.pair.port_event(true, true);
-    let served = stage.pair.serve(&mut stage.reader, stage.attachment.segment());
+    let served = stage.pair.serve(&mut stage.reader, stage.attachment.counters());
     assert!(matches!(served, Err(PairError::TapIo(_))), "{served:?}");
 }
 
@@ -362,7 +362,7 @@ fn a_guest_that_comes_while_the_pair_works_does_not_get_the_packets_of_the_forme
                 daemon.send(&DaemonMessage::MemoryMap { generation }, &[]);
                 assert_eq!(daemon.receive().0, WorkerMessage::Mapped { generation });
             });
-            stage.pair.serve(&mut stage.reader, stage.attachment.segment()).expect("the attachment lives")
+            stage.pair.serve(&mut stage.reader, stage.attachment.counters()).expect("the attachment lives")
         });
         assert_eq!(stage.pair.figures().received, 0, "the new guest got what was for the former one");
         next == Next::Now && begin.elapsed() < RX_WAIT_MAX

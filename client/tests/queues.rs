@@ -8,7 +8,9 @@ use iotlb_client::{Access, Attachment, ClaimError, PinError, Queue};
 use iotlb_proto::control::{DaemonMessage, QueueLease, WorkerMessage};
 use iotlb_proto::layout::worker::PROGRESS_VALID;
 use iotlb_proto::sync::Ordering;
-use support::{Daemon, PATIENCE, PATIENCE_MS, eventfd, take_count, wait_readable, wait_until};
+use support::{
+    Daemon, PATIENCE, PATIENCE_MS, eventfd, segment_address, table_address, take_count, wait_readable, wait_until,
+};
 
 struct Ring {
     kick: OwnedFd,
@@ -299,8 +301,8 @@ fn guest_memory_stays_out_of_children_and_core_dumps() {
     let address = guard.translate(0x1000, 1, Access::READ).expect("mapped").next().expect("a piece").as_ptr().addr();
     for (what, address) in [
         ("guest memory", address),
-        ("table", std::ptr::from_ref(attachment.table().header()).addr()),
-        ("worker segment", std::ptr::from_ref(&**attachment.segment()).addr()),
+        ("table", table_address(&daemon.table_fd)),
+        ("worker segment", segment_address(&attachment)),
     ] {
         let flags = flags_of(address);
         for flag in ["dc", "dd"] {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use iotlb_proto::control::message::{CONTROL_VERSION, HELLO_MAGIC, NAME_MAX};
 use iotlb_proto::control::{DaemonMessage, Hello, Welcome, WorkerMessage};
 use iotlb_proto::layout::table::QUEUE_CAPACITY;
-use iotlb_proto::layout::worker::SEGMENT_SIZE;
+use iotlb_proto::layout::worker::{Counters, SEGMENT_SIZE};
 use iotlb_proto::layout::{LAYOUT_HASH, LAYOUT_VERSION};
 use iotlb_proto::liveness::LivenessView;
 use iotlb_proto::shm::memfd;
@@ -161,16 +161,11 @@ impl Attachment {
         self.shared().check().is_ok()
     }
 
-    /// The segment this worker shares with the daemon: counters, progress words.
+    /// What this worker has counted. Of what it shares with the daemon nothing else is handed out: reader slots and
+    /// generations are what guards rest on.
     #[must_use]
-    pub fn segment(&self) -> &WorkerSegment {
-        &self.shared().segment
-    }
-
-    /// The table, read-only. What a lookup yields means something only under a pin.
-    #[must_use]
-    pub fn table(&self) -> &TableReader {
-        &self.shared().table
+    pub fn counters(&self) -> &Counters {
+        &self.shared().segment.counters
     }
 
     /// An event descriptor that is readable, until [`Attachment::clear_events`], once a leased queue got other

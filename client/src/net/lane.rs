@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use iotlb_proto::access::Access;
+use iotlb_proto::layout::worker::Counters;
 use iotlb_proto::sync::Ordering;
 use iotlb_proto::table::QueueRecord;
-use iotlb_proto::worker::WorkerSegment;
 
 use super::asked::{Asked, Refusal, Waited};
 use crate::queue::vring::{Limits, MissPlace, MissSet, RingFault, Vring};
@@ -206,7 +206,7 @@ impl Lane {
     pub fn run(
         &mut self,
         reader: &mut Reader,
-        segment: &WorkerSegment,
+        counters: &Counters,
         work: impl FnOnce(&mut Vring, &Guard<'_>, &QueueRecord, u64) -> Done,
     ) -> Result<Step, Lost> {
         if let Some(Rest::Until(time)) = self.rest {
@@ -260,8 +260,8 @@ impl Lane {
         };
         self.ready = record.started && record.enabled && !matches!(done.fault, Some(RingFault::Stopped));
         // Only this worker counts here, but its threads share the words. Relaxed: figures, nothing hangs on them.
-        segment.counters.chains.fetch_add(done.chains, Ordering::Relaxed);
-        segment.counters.bytes.fetch_add(done.bytes, Ordering::Relaxed);
+        counters.chains.fetch_add(done.chains, Ordering::Relaxed);
+        counters.bytes.fetch_add(done.bytes, Ordering::Relaxed);
         match done.fault {
             None if done.chains > 0 => Ok(Step::Again),
             None if self.ready && self.kick.is_none() => Ok(Step::Later(Instant::now() + POLL_PAUSE)),

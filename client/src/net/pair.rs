@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use iotlb_proto::worker::WorkerSegment;
+use iotlb_proto::layout::worker::Counters;
 
 use super::backlog::{Backlog, PACKET_MAX};
 use super::echo::Echo;
@@ -188,16 +188,16 @@ impl Pair {
     /// # Errors
     ///
     /// See [`PairError`].
-    pub fn serve(&mut self, reader: &mut Reader, segment: &WorkerSegment) -> Result<Next, PairError> {
+    pub fn serve(&mut self, reader: &mut Reader, counters: &Counters) -> Result<Next, PairError> {
         self.follow_session(reader)?;
         let mut next = self.read_port()?;
-        next = next.earlier(self.serve_rx(reader, segment)?);
+        next = next.earlier(self.serve_rx(reader, counters)?);
         next = next.earlier(self.follow_ring()?);
         self.write_port()?;
-        next = next.earlier(self.serve_tx(reader, segment)?);
+        next = next.earlier(self.serve_tx(reader, counters)?);
         self.write_port()?;
         if matches!(self.port, Port::Echo(_)) && !self.to_guest.is_empty() {
-            next = next.earlier(self.serve_rx(reader, segment)?);
+            next = next.earlier(self.serve_rx(reader, counters)?);
         }
         Ok(next)
     }
@@ -303,13 +303,13 @@ impl Pair {
     }
 
     /// Backlog to guest.
-    fn serve_rx(&mut self, reader: &mut Reader, segment: &WorkerSegment) -> Result<Next, PairError> {
+    fn serve_rx(&mut self, reader: &mut Reader, counters: &Counters) -> Result<Next, PairError> {
         let Some(lane) = &mut self.rx else { return Ok(Next::Event) };
         let (backlog, figures) = (&mut self.to_guest, &mut self.figures);
         let was_ready = lane.ready();
         let (mut starved, mut more) = (false, false);
         let (read_for, mut session) = (self.session, self.session);
-        let step = lane.run(reader, segment, |ring, guard, record, features| {
+        let step = lane.run(reader, counters, |ring, guard, record, features| {
             // Again, under the pin that delivers: the guest may be another one since the last pin.
             session = Some(Session { generation: guard.session_generation(), features });
             if session != read_for {
@@ -345,7 +345,7 @@ impl Pair {
     }
 
     /// Guest to backlog, as long as the port takes what is there.
-    fn serve_tx(&mut self, reader: &mut Reader, segment: &WorkerSegment) -> Result<Next, PairError> {
+    fn serve_tx(&mut self, reader: &mut Reader, counters: &Counters) -> Result<Next, PairError> {
         let Some(lane) = &mut self.tx else { return Ok(Next::Event) };
         let room = match &self.port {
             Port::Tap(_) if self.from_guest.is_empty() => self.from_guest.room(),
@@ -360,7 +360,7 @@ impl Pair {
         }
         let (backlog, figures) = (&mut self.from_guest, &mut self.figures);
         let mut more = false;
-        let step = lane.run(reader, segment, |ring, guard, record, features| {
+        let step = lane.run(reader, counters, |ring, guard, record, features| {
             let collected = tx::collect(ring, guard, record, features, backlog, room);
             figures.malformed += collected.malformed;
             more = collected.more;

@@ -186,7 +186,7 @@ fn attach_and_serve(options: &Options, signals: &Signals, pairs: &mut BTreeMap<u
     loop {
         let came = events.wait(timeout, pairs)?;
         if came.signal {
-            let counters = &attachment.segment().counters;
+            let counters = attachment.counters();
             // Relaxed: figures.
             let [misses, denied, timed_out, chains, bytes] =
                 [&counters.misses, &counters.denied, &counters.timed_out, &counters.chains, &counters.bytes]
@@ -212,7 +212,7 @@ fn attach_and_serve(options: &Options, signals: &Signals, pairs: &mut BTreeMap<u
         }
         let mut next = Next::Event;
         for pair in pairs.values_mut() {
-            next = next.earlier(pair.serve(&mut reader, attachment.segment())?);
+            next = next.earlier(pair.serve(&mut reader, attachment.counters())?);
         }
         for pair in pairs.values_mut() {
             // Misses are waited for when nobody has anything else to do.

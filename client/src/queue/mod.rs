@@ -155,7 +155,7 @@ impl Queue {
 
     /// Notes how far the available ring was completely processed, for a successor that cannot read the used ring.
     pub fn set_progress(&self, avail_index: u16) {
-        if let Some(word) = self.attachment.segment().progress.get(usize::from(self.lease.queue)) {
+        if let Some(word) = self.attachment.shared().segment.progress.get(usize::from(self.lease.queue)) {
             // Release pairs with the daemon's acquire: the used ring was written before.
             word.store(PROGRESS_VALID | u64::from(avail_index), Ordering::Release);
         }

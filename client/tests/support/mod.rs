@@ -4,7 +4,7 @@
 pub mod namespace;
 
 use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::mem::{MaybeUninit, offset_of};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -16,7 +16,7 @@ use iotlb_proto::access::Access;
 use iotlb_proto::control::message::CONTROL_VERSION;
 use iotlb_proto::control::{self, DaemonMessage, MESSAGE_MAX, RegionInfo, Welcome, WorkerMessage};
 use iotlb_proto::iova::{IovaRange, PAGE_SIZE};
-use iotlb_proto::layout::worker::SEGMENT_SIZE;
+use iotlb_proto::layout::worker::{SEGMENT_SIZE, WorkerSegmentLayout};
 use iotlb_proto::liveness::{LivenessOwner, WORD_OFFSET};
 use iotlb_proto::shm::memfd;
 use iotlb_proto::table::{TableConfig, TableWriter};
@@ -332,6 +332,24 @@ pub fn wait_readable(fd: BorrowedFd<'_>, timeout: Duration) -> bool {
     let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
     let timeout = rustix::event::Timespec::try_from(timeout).expect("a short time");
     rustix::event::poll(&mut fds, Some(&timeout)).expect("poll") > 0
+}
+
+/// Where the worker has mapped the table behind `fd`: for reading, unlike the daemon of the test.
+pub fn table_address(fd: impl AsFd) -> usize {
+    let inode = rustix::fs::fstat(fd).expect("fstat").st_ino.to_string();
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
+    let first = maps.lines().find_map(|line| {
+        let mut words = line.split_ascii_whitespace();
+        let (range, permissions) = (words.next()?, words.next()?);
+        let found = permissions == "r--s" && words.nth(2)? == inode;
+        found.then(|| range.split('-').next())?
+    });
+    usize::from_str_radix(first.expect("the table is mapped"), 16).expect("an address")
+}
+
+/// Where the worker has mapped its segment.
+pub fn segment_address(attachment: &Attachment) -> usize {
+    std::ptr::from_ref(attachment.counters()).addr() - offset_of!(WorkerSegmentLayout, counters)
 }
 
 /// Takes the counter of an event descriptor; 0 when it was not signalled.
