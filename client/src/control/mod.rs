@@ -176,8 +176,11 @@ impl Control<'_> {
                 shared.set_revoked();
                 match shared.arena.revoke() {
                     Ok(()) => {
+                        // Answered first: a log that nobody reads must not hold up the guest, nor have this process
+                        // killed.
+                        let sent = shared.channel.send(&WorkerMessage::Revoked, &[]);
                         warn!(worker = shared.worker, "the daemon revoked this worker's access to guest memory");
-                        shared.channel.send(&WorkerMessage::Revoked, &[])?;
+                        sent?;
                     }
                     // Without an answer the daemon goes on to kill this process, which is what is left to do.
                     Err(error) => error!(%error, "guest memory could not be made unreachable"),

@@ -115,15 +115,16 @@ struct Book {
 impl Book {
     /// What the daemon speaks of. `None`: of a claim or lease that was given up; it was told, but not in time.
     fn entry(&mut self, queue: u16, claim: u64) -> Option<&mut Entry> {
-        let entry = self.entries.get_mut(&queue).filter(|entry| entry.claim == claim);
-        if entry.is_none() {
-            debug!(queue, claim, "the daemon speaks of a lease that was given up; ignored");
-        }
-        entry
+        self.entries.get_mut(&queue).filter(|entry| entry.claim == claim)
     }
 }
 
-/// All leases and claims of an attachment.
+fn ignored(queue: u16, claim: u64) {
+    debug!(queue, claim, "the daemon speaks of a lease that was given up; ignored");
+}
+
+/// All leases and claims of an attachment. Nothing is logged while the lock is held: a revocation takes it before the
+/// memory goes, and must not wait for who reads the log.
 #[derive(Debug, Default)]
 pub(crate) struct LeaseBook {
     book: Mutex<Book>,
@@ -188,9 +189,13 @@ impl LeaseBook {
 
     /// A lease came. Whether descriptors of a queue in use changed.
     pub(crate) fn granted(&self, lease: &QueueLease, fds: Vec<OwnedFd>) -> bool {
-        let mut book = self.lock();
-        let Some(entry) = book.entry(lease.queue, lease.claim) else { return false };
         let Some(descriptors) = Descriptors::from_lease(lease, fds) else { return false };
+        let mut book = self.lock();
+        let Some(entry) = book.entry(lease.queue, lease.claim) else {
+            drop(book);
+            ignored(lease.queue, lease.claim);
+            return false;
+        };
         match &entry.state {
             State::Waiting => {
                 entry.state = State::Granted(Arc::new(Lease {
@@ -218,7 +223,11 @@ impl LeaseBook {
     /// A claim was refused, or a lease taken back. Whether a queue in use is affected.
     pub(crate) fn refused(&self, queue: u16, claim: u64, reason: String) -> bool {
         let mut book = self.lock();
-        let Some(entry) = book.entry(queue, claim) else { return false };
+        let Some(entry) = book.entry(queue, claim) else {
+            drop(book);
+            ignored(queue, claim);
+            return false;
+        };
         match &entry.state {
             State::Waiting => {
                 entry.state = State::Refused(reason);
@@ -226,10 +235,11 @@ impl LeaseBook {
                 false
             }
             State::Granted(held) => {
-                warn!(queue, reason, "the daemon took a queue back");
                 // Release pairs with the acquire loads of `lost`.
                 held.lost.store(1, Ordering::Release);
                 held.replace(Descriptors::default());
+                drop(book);
+                warn!(queue, reason, "the daemon took a queue back");
                 true
             }
             State::Refused(_) => false,

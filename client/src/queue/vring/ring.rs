@@ -227,7 +227,6 @@ impl RingState {
             base
         };
         if !self.positioned || position != self.next_used {
-            tracing::debug!(position, base, "ring starts");
             self.next_used = position;
             self.published = position;
             self.taken = 0;
