@@ -44,17 +44,19 @@ fn post(memory: &Memory, index: u16) {
     memory.poke(AVAIL + 2, &(index + 1).to_le_bytes());
 }
 
-/// Takes what is posted, and gives it back.
-fn serve(ring: &mut Vring, attachment: &Attachment) -> u16 {
+/// Takes what is posted, and gives it back. Returns how many there were, and where the ring stands then.
+fn serve(ring: &mut Vring, attachment: &Attachment) -> (usize, u16) {
     let reader = attachment.reader().expect("a reader");
     let guard = reader.pin().expect("the attachment lives");
     let record = guard.queue_record(0).expect("a queue");
     let mut burst = ring.begin(&guard, &record, guard.acked_features()).expect("all is present");
+    let mut taken = 0;
     while let Some(chain) = burst.next_chain().expect("all is present") {
         burst.complete(chain, 0);
+        taken += 1;
     }
     drop(burst);
-    ring.position()
+    (taken, ring.position())
 }
 
 #[test]
@@ -64,7 +66,7 @@ fn a_new_attachment_to_the_same_device_has_the_ring_in_its_own_arena() {
     start(&daemon, 0);
     post(&memory, 0);
     let mut ring = Vring::default();
-    assert_eq!(serve(&mut ring, &first), 1);
+    assert_eq!(serve(&mut ring, &first), (1, 1));
     // The first one lives: so the second has its arena elsewhere, and a ring that mistakes one for the other is seen.
     let second = daemon.attach().expect("attach");
     let other = Memory::new(memory.size);
@@ -72,8 +74,26 @@ fn a_new_attachment_to_the_same_device_has_the_ring_in_its_own_arena() {
     daemon.finish_map();
     other.poke(USED + 2, &3_u16.to_le_bytes());
     post(&other, 3);
-    assert_eq!(serve(&mut ring, &second), 4);
+    assert_eq!(serve(&mut ring, &second), (1, 4));
     assert_eq!((memory.peek(USED + 2, 2), other.peek(USED + 2, 2)), (vec![1, 0], vec![4, 0]));
+}
+
+#[test]
+fn a_ring_that_another_worker_had_in_between_goes_on_where_that_one_stopped() {
+    let (daemon, memory, attachment) = Daemon::with_memory(4);
+    daemon.map(0, 4 * PAGE_SIZE, 0, Access::READ_WRITE);
+    start(&daemon, 0);
+    // Nothing in the table says that a queue went from one worker to another, and back.
+    let (mut ours, mut theirs) = (Vring::default(), Vring::default());
+    post(&memory, 0);
+    assert_eq!(serve(&mut ours, &attachment), (1, 1));
+    post(&memory, 1);
+    post(&memory, 2);
+    assert_eq!(serve(&mut theirs, &attachment), (2, 3));
+    assert_eq!(serve(&mut ours, &attachment), (0, 3), "all is done");
+    post(&memory, 3);
+    assert_eq!(serve(&mut ours, &attachment), (1, 4));
+    assert_eq!(memory.peek(USED + 2, 2), [4, 0]);
 }
 
 #[test]

@@ -87,10 +87,8 @@ pub(super) struct RingState {
     pub(super) call_owed: bool,
     /// What broke the ring; it rests until its setup changes.
     pub(super) broken: Option<Broken>,
-    /// Whether `next_used` means anything.
+    /// Whether `next_used` means anything. What the used ring says counts more, where it may be read.
     positioned: bool,
-    /// Whether the used ring is to be asked again where it stands.
-    position_stale: bool,
     /// The front-end denied reading the used ring.
     used_write_only: bool,
     pub(super) spare: Vec<Parts>,
@@ -200,11 +198,8 @@ impl Vring {
         if old == setup {
             return;
         }
-        // Any queue's change comes here, and a restart between two looks leaves the same record: so look where the used
-        // ring stands. After every burst it stands where we do.
         self.tables = None;
         self.state.broken = None;
-        self.state.position_stale = true;
         let ring = |of: &Setup| (of.source, of.session, of.features, of.record);
         if ring(&old) != ring(&setup) {
             self.state.positioned = false;
@@ -214,29 +209,28 @@ impl Vring {
 }
 
 impl RingState {
-    /// Finds out where the ring stands, when that is not known or may have changed.
+    /// Finds out where the ring stands. A used ring that may be read is asked each time: another worker may have had
+    /// the queue since, and the driver may have started the ring anew. A driver that stores something else gets that.
     fn find_position(&mut self, used: &TableView<'_>, readable: bool, base: u16) {
-        if self.positioned && !(self.position_stale && readable) {
-            return;
-        }
         let position = if readable {
             // Acquire: partner is a predecessor's release store in `publish`, so that what it did to the ring
             // before its last commit comes before what we do.
             used.load_u16(INDEX_OFFSET, Ordering::Acquire)
+        } else if self.positioned {
+            self.next_used
         } else {
             base
         };
         if !self.positioned || position != self.next_used {
             self.next_used = position;
             self.published = position;
-            self.taken = 0;
             // Nobody knows what a predecessor told the driver: it is owed one call.
             self.signalled = None;
             self.call_owed = true;
         }
+        // What was posted in the ring as it was before says nothing about it as it is now.
         self.avail_seen = self.next_used;
         self.positioned = true;
-        self.position_stale = false;
     }
 }
 

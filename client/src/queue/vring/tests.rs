@@ -534,6 +534,39 @@ fn what_was_denied_or_broken_in_another_memory_is_forgotten() {
 }
 
 /// Lets a driver break one rule, and tells how the ring puts it.
+#[test]
+fn a_driver_that_moves_the_used_index_gets_what_it_says() {
+    let memory = memory(1);
+    memory.resolve_everything();
+    let mut ring = Vring::default();
+    // Posted: 0 to 3.
+    for (used, taken, breaks) in
+        [(0, 4, false), (2, 2, false), (4, 0, false), (1, 3, false), (5, 0, true), (0x8000, 0, true), (0xffff, 0, true)]
+    {
+        let mut driver = driver(&memory, 4);
+        for _ in 0..4 {
+            driver.post(&[read_only(DATA, 1)]).expect("room");
+        }
+        memory.driver_write(USED + 2, &u16::to_le_bytes(used));
+        let mut burst = begin(&mut ring, &memory, &driver);
+        let mut count = 0;
+        let end = loop {
+            match burst.next_chain() {
+                Ok(Some(chain)) => burst.complete(chain, 0),
+                end => break end.map(|_| ()),
+            }
+            count += 1;
+        };
+        drop(burst);
+        assert_eq!((count, end.is_err()), (taken, breaks), "{used:#x}");
+        if breaks {
+            assert!(matches!(ring.broken(), Some(Broken::AvailIndex { .. })));
+            // Set up anew.
+            memory.bump_queue();
+        }
+    }
+}
+
 fn broken_by(features: u64, limits: Limits, act: impl FnOnce(&mut Driver<'_>)) -> Broken {
     let memory = memory(1);
     memory.resolve_everything();
