@@ -1,4 +1,4 @@
-//! What happens while a log line does not come to its end: nothing that matters waits for one.
+//! What happens while a log line does not come to its end, or after one that panics: nothing that matters hangs on one.
 
 mod support;
 
@@ -6,14 +6,15 @@ use std::fmt::{Debug, Write as _};
 use std::os::fd::AsFd;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Mutex, Once};
+use std::time::Duration;
 
 use iotlb_client::queue::vring::Vring;
-use iotlb_client::{Access, Attachment, Queue, thread_pins};
-use iotlb_proto::control::{DaemonMessage, QueueLease, WorkerMessage};
+use iotlb_client::{Access, Attachment, PinError, Queue, thread_pins};
+use iotlb_proto::control::{DaemonMessage, QueueLease, Refusal, WorkerMessage};
 use iotlb_proto::iova::PAGE_SIZE;
 use iotlb_proto::sync::{AtomicU64, Ordering};
 use iotlb_proto::table::QueueRecord;
-use support::{Daemon, PATIENCE, PATIENCE_MS, eventfd};
+use support::{Daemon, PATIENCE, PATIENCE_MS, eventfd, wait_until};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
@@ -21,13 +22,23 @@ use tracing::{Event, Metadata, Subscriber};
 /// Lines that somebody wrote while pinned.
 static PINNED_LINES: AtomicU64 = AtomicU64::new(0);
 /// Lines that are waited for, by a part of their text; each once.
-static WANTED: Mutex<Vec<(&str, Stuck)>> = Mutex::new(Vec::new());
+static WANTED: Mutex<Vec<(&str, Then)>> = Mutex::new(Vec::new());
 
-/// The log is like a pipe that nobody reads.
-struct Stuck {
-    reached: Sender<()>,
-    /// Ends when the other end is dropped.
-    end: Receiver<()>,
+/// What a line that is waited for does.
+enum Then {
+    /// It is like one for a pipe that nobody reads. `end` comes when its other end is dropped.
+    Stuck {
+        reached: Sender<()>,
+        end: Receiver<()>,
+    },
+    Panics,
+}
+
+/// The next line with this text does that.
+fn when(text: &'static str, then: Then) {
+    static LISTEN: Once = Once::new();
+    LISTEN.call_once(|| tracing::subscriber::set_global_default(Log).expect("nobody else listens"));
+    WANTED.lock().expect("nobody panics with it").push((text, then));
 }
 
 /// A line that does not come to its end before this is dropped.
@@ -39,11 +50,9 @@ struct Line {
 impl Line {
     /// The next one with this text.
     fn stuck(text: &'static str) -> Line {
-        static LISTEN: Once = Once::new();
-        LISTEN.call_once(|| tracing::subscriber::set_global_default(Log).expect("nobody else listens"));
         let (reached, is_reached) = mpsc::channel();
         let (end, ends) = mpsc::channel();
-        WANTED.lock().expect("nobody panics with it").push((text, Stuck { reached, end: ends }));
+        when(text, Then::Stuck { reached, end: ends });
         Line { reached: is_reached, _end: end }
     }
 
@@ -68,9 +77,13 @@ impl Subscriber for Log {
         let mut wanted = WANTED.lock().expect("nobody panics with it");
         let found = wanted.iter().position(|(part, _)| text.0.contains(part)).map(|at| wanted.swap_remove(at).1);
         drop(wanted);
-        if let Some(stuck) = found {
-            let _ = stuck.reached.send(());
-            let _ = stuck.end.recv();
+        match found {
+            Some(Then::Stuck { reached, end }) => {
+                let _ = reached.send(());
+                let _ = end.recv();
+            }
+            Some(Then::Panics) => panic!("a line that panics"),
+            None => {}
         }
     }
 
@@ -126,6 +139,42 @@ fn a_revocation_is_answered_before_it_is_logged() {
     daemon.send(&DaemonMessage::Revoke, &[]);
     assert_eq!(daemon.receive().0, WorkerMessage::Revoked);
     line.wait();
+}
+
+#[test]
+fn the_end_is_known_before_it_is_logged() {
+    let mut daemon = Daemon::new();
+    let attachment = daemon.attach().expect("attach");
+    let line = Line::stuck("closed the control socket");
+    daemon.socket = None;
+    line.wait();
+    assert!(!attachment.alive());
+    drop(line);
+
+    let attachment = daemon.attach().expect("attach");
+    let line = Line::stuck("control socket: the attachment is over");
+    daemon.send_bytes(&[0xff; 3], &[]);
+    line.wait();
+    assert!(!attachment.alive());
+}
+
+#[test]
+fn a_control_thread_that_panics_ends_the_attachment() {
+    let mut daemon = Daemon::new();
+    let attachment = daemon.attach().expect("attach");
+    let reader = attachment.reader().expect("a reader");
+    let guard = reader.pin().expect("the attachment lives");
+    when("handshake message after", Then::Panics);
+    daemon.send(&DaemonMessage::Refused(Refusal::Full), &[]);
+    wait_until("the attachment is over", || !attachment.alive());
+    drop(attachment);
+    assert!(!support::wait_readable(daemon.socket.as_ref().expect("attached").as_fd(), Duration::ZERO), "still pinned");
+    drop(guard);
+    assert_eq!(reader.pin().expect_err("nobody would hear of a revocation"), PinError::DaemonDead);
+    // And the daemon gets its queues back.
+    drop(reader);
+    assert_eq!(daemon.receive().0, WorkerMessage::Revoked);
+    assert!(daemon.try_receive().is_none());
 }
 
 #[test]

@@ -6,6 +6,7 @@ pub(crate) mod channel;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -54,7 +55,7 @@ impl Drop for ControlThread {
             return;
         }
         eventfd::signal(self.stop.as_fd());
-        // A panic over there was reported by the panic hook, and ends with the attachment.
+        // An Err would be a panic that the panic hook has reported.
         let _ = thread.join();
     }
 }
@@ -63,47 +64,68 @@ struct Control<'a> {
     shared: &'a Shared,
 }
 
+/// What an end of the thread leaves to do.
+enum End {
+    /// Nothing: the daemon was told, or is not there to be told.
+    Known,
+    /// This side cannot go on, though the daemon may be alive: it is still to be told.
+    Untold,
+}
+
 impl Control<'_> {
     fn run(&self, stop: &OwnedFd) {
+        // A panic, of whoever listens to the log say, was reported by the panic hook. An attachment must not look alive
+        // after it that hears of no region and no revocation. Nothing is used afterwards that it could have left half
+        // done, but for the socket.
+        let end = catch_unwind(AssertUnwindSafe(|| self.serve_to_the_end(stop))).unwrap_or(End::Untold);
+        self.shared.set_lost();
+        match end {
+            End::Known => {}
+            End::Untold => self.leave_when_unused(stop),
+        }
+        self.shared.channel.shut_down();
+    }
+
+    /// Where the attachment is over, that is said to its users first and then logged: a log may block.
+    fn serve_to_the_end(&self, stop: &OwnedFd) -> End {
         loop {
             match self.wait(stop) {
                 Ok(true) => {
                     // The last reader is gone (each holds the attachment), so nothing here pins any more.
                     self.shared.channel.leave();
-                    break;
+                    return End::Known;
                 }
                 Ok(false) => {}
                 Err(error) => {
+                    self.shared.set_lost();
                     error!(%error, "control thread cannot wait; the attachment is over");
-                    self.leave_when_unused(stop);
-                    break;
+                    return End::Untold;
                 }
             }
             match self.serve() {
                 Ok(()) => {}
                 Err(ChannelError::Closed) => {
+                    self.shared.set_lost();
                     info!(worker = self.shared.worker, "the daemon closed the control socket; the attachment is over");
-                    break;
+                    return End::Known;
                 }
                 Err(error) => {
+                    self.shared.set_lost();
                     error!(%error, "control socket: the attachment is over");
-                    self.leave_when_unused(stop);
-                    break;
+                    return End::Untold;
                 }
             }
             if !self.shared.liveness.alive() {
+                self.shared.set_lost();
                 info!(worker = self.shared.worker, "the daemon died; the attachment is over");
-                break;
+                return End::Known;
             }
         }
-        self.shared.set_lost();
-        self.shared.channel.shut_down();
     }
 
-    /// This side cannot go on, though the daemon may be alive: nobody pins anew, and the daemon hears of it when nobody
-    /// pins any more. Were the socket closed now, the queues would be lost to this process for as long as it lives.
+    /// Nobody pins anew, and the daemon hears of it when nobody pins any more. Were the socket closed now, the queues
+    /// would be lost to this process for as long as it lives.
     fn leave_when_unused(&self, stop: &OwnedFd) {
-        self.shared.set_lost();
         let mut fds = [PollFd::new(stop, PollFlags::IN)];
         let timeout = Timespec { tv_sec: 0, tv_nsec: LIVENESS_PERIOD_NS };
         while self.shared.liveness.alive() {
