@@ -94,6 +94,9 @@ fn queues_are_leased_and_given_back() {
     assert_eq!((take_count(&rings[0].call), take_count(&rings[1].call)), (2, 0));
     zero.set_progress(0x8001);
     assert_eq!(daemon.segment.progress[0].load(Ordering::SeqCst), PROGRESS_VALID | 0x8001);
+    zero.signal_error("one\ntwo");
+    let WorkerMessage::QueueError { queue: 0, reason } = daemon.receive().0 else { panic!("not an error report") };
+    assert_eq!(reason, "one two", "what does not fit in a line of a log is replaced, not the report dropped");
     zero.signal_error(&"ä".repeat(200));
     let WorkerMessage::QueueError { queue: 0, reason } = daemon.receive().0 else { panic!("not an error report") };
     assert_eq!(reason.len(), 256);

@@ -11,7 +11,7 @@ pub mod vring;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use iotlb_proto::control::WorkerMessage;
+use iotlb_proto::control::{WorkerMessage, clip_reason};
 use iotlb_proto::layout::worker::PROGRESS_VALID;
 use iotlb_proto::sync::Ordering;
 
@@ -20,9 +20,6 @@ use crate::control::channel::ChannelError;
 use crate::eventfd;
 use crate::shared::{Down, deadline_in};
 use lease::{Busy, Lease, Unclaimed};
-
-/// Longest reason that [`Queue::signal_error`] passes on, in bytes: a line in a log.
-const REASON_MAX: usize = 256;
 
 /// Why queues were not leased. None of those asked for is.
 #[derive(Debug, thiserror::Error)]
@@ -134,13 +131,9 @@ impl Queue {
     }
 
     /// Reports that the ring is broken, or names an address that was denied. The daemon logs the reason and signals the
-    /// ring's error descriptor.
+    /// ring's error descriptor. The reason is one line: [`clip_reason`] makes any text one.
     pub fn signal_error(&self, reason: &str) {
-        let mut end = reason.len().min(REASON_MAX);
-        while !reason.is_char_boundary(end) {
-            end -= 1;
-        }
-        let message = WorkerMessage::QueueError { queue: self.lease.queue, reason: reason[..end].to_owned() };
+        let message = WorkerMessage::QueueError { queue: self.lease.queue, reason: clip_reason(reason) };
         if let Err(error) = self.attachment.shared().channel.send(&message, &[]) {
             tracing::warn!(queue = self.lease.queue, %error, "ring error could not be reported");
         }
