@@ -5,7 +5,7 @@ mod support;
 use std::os::fd::AsFd;
 
 use iotlb_client::{Access, Fault, PinError, thread_pins};
-use iotlb_proto::control::{DaemonMessage, RegionInfo};
+use iotlb_proto::control::{DaemonMessage, RegionInfo, WorkerMessage};
 use iotlb_proto::iova::PAGE_SIZE;
 use iotlb_proto::sync::Ordering;
 use support::{ARENA_SIZE, Daemon, Memory, PATIENCE_MS};
@@ -98,6 +98,27 @@ fn targets_outside_the_arena_or_its_regions_are_not_handed_out() {
     daemon.add_region(3, 0x10_0000, &whole);
     daemon.finish_map();
     assert_eq!(reader.pin().expect("pin").read(0x10_7000, &mut [0]), Ok(()));
+}
+
+#[test]
+fn a_region_without_its_one_descriptor_is_not_handed_out() {
+    let (daemon, memory, attachment) = Daemon::with_memory(16);
+    daemon.map(0x8000, 0x1000, 0x8000, RW);
+    daemon.map(0x10_0000, 0x4000, 0x10_0000, RW);
+    let region = RegionInfo { id: 2, arena_offset: 0x10_0000, guest_address: 0, size: 0x4000, file_offset: 0 };
+    let reader = attachment.reader().expect("a reader");
+    for fds in [&[][..], &[memory.fd.as_fd(), memory.fd.as_fd()]] {
+        let generation = daemon.table().bump_memory_map();
+        daemon.send(&DaemonMessage::AddRegion(region.clone()), fds);
+        daemon.send(&DaemonMessage::MemoryMap { generation }, &[]);
+        assert_eq!(daemon.receive().0, WorkerMessage::Mapped { generation });
+        {
+            let guard = reader.pin().expect("pin");
+            assert_eq!(guard.translate(0x10_0000, 16, RW).err(), Some(Fault::Invalid), "nothing is mapped there");
+            assert_eq!(guard.read(0x8000, &mut [0]), Ok(()), "the other region works on");
+        }
+        daemon.send(&DaemonMessage::RemoveRegion { id: 2 }, &[]);
+    }
 }
 
 #[test]

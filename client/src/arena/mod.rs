@@ -57,6 +57,8 @@ pub(crate) enum RegionError {
         "its memory is {actual:#x} bytes long but must reach {needed:#x}: touching the rest would kill this process"
     )]
     Short { actual: u64, needed: u64 },
+    #[error("it came with {count} descriptors instead of one")]
+    Descriptors { count: usize },
     #[error("fstat: {0}")]
     Stat(#[source] io::Error),
     #[error("mmap: {0}")]
@@ -144,10 +146,10 @@ impl Arena {
         true
     }
 
-    /// Maps a region.
-    pub(crate) fn add(&self, info: &RegionInfo, file: &OwnedFd) -> Result<(), RegionError> {
+    /// Maps a region, of the one file that came with it.
+    pub(crate) fn add(&self, info: &RegionInfo, files: &[OwnedFd]) -> Result<(), RegionError> {
         let mut regions = self.lock();
-        let result = self.check_and_map(&regions, info, file);
+        let result = self.check_and_map(&regions, info, files);
         match &result {
             // A second region of the same name must not hide the first.
             Err(RegionError::Duplicate(_) | RegionError::Revoked) => {}
@@ -164,7 +166,7 @@ impl Arena {
         result
     }
 
-    fn check_and_map(&self, regions: &Regions, info: &RegionInfo, file: &OwnedFd) -> Result<(), RegionError> {
+    fn check_and_map(&self, regions: &Regions, info: &RegionInfo, files: &[OwnedFd]) -> Result<(), RegionError> {
         if regions.revoked {
             return Err(RegionError::Revoked);
         }
@@ -180,6 +182,7 @@ impl Arena {
         if let Some(other) = regions.placed.iter().find(overlaps) {
             return Err(RegionError::Overlap { other: other.id });
         }
+        let [file] = files else { return Err(RegionError::Descriptors { count: files.len() }) };
         let stat = rustix::fs::fstat(file).map_err(|e| RegionError::Stat(e.into()))?;
         let actual = u64::try_from(stat.st_size).unwrap_or(0);
         let needed = info.file_offset.saturating_add(info.size);
@@ -250,7 +253,7 @@ mod tests {
     #[test]
     fn regions_that_do_not_fit_are_refused_each_for_its_reason() {
         let arena = Arena::new(SIZE).expect("an arena");
-        let file = memfd::create("guest", 0x10_000).expect("a memfd");
+        let file = [memfd::create("guest", 0x10_000).expect("a memfd")];
         arena.add(&region(1, 0x10_000, 0x10_000), &file).expect("fits");
         let error = |info: RegionInfo| {
             let error = arena.add(&info, &file).expect_err("does not fit");
@@ -281,7 +284,7 @@ mod tests {
     #[test]
     fn ranges_over_several_regions_and_over_holes() {
         let arena = Arena::new(SIZE).expect("an arena");
-        let file = memfd::create("guest", 0x10_000).expect("a memfd");
+        let file = [memfd::create("guest", 0x10_000).expect("a memfd")];
         for (id, offset) in [(1, 0), (2, 0x10_000), (3, 0x30_000)] {
             arena.add(&region(id, offset, 0x10_000), &file).expect("fits");
         }

@@ -156,24 +156,21 @@ impl Control<'_> {
         Ok(())
     }
 
-    fn handle(&self, message: DaemonMessage, mut fds: Vec<OwnedFd>) -> Result<(), ChannelError> {
+    fn handle(&self, message: DaemonMessage, fds: Vec<OwnedFd>) -> Result<(), ChannelError> {
         let shared = self.shared;
         match message {
-            DaemonMessage::AddRegion(region) => match fds.pop() {
-                Some(memory) if fds.is_empty() => {
-                    if let Err(error) = shared.arena.add(&region, &memory) {
-                        error!(
-                            region = region.id,
-                            offset = format_args!("{:#x}", region.arena_offset),
-                            size = format_args!("{:#x}", region.size),
-                            %error,
-                            "memory region not mapped; translations into it will be refused"
-                        );
-                    }
-                    shared.arena_changed();
+            DaemonMessage::AddRegion(region) => {
+                if let Err(error) = shared.arena.add(&region, &fds) {
+                    error!(
+                        region = region.id,
+                        offset = format_args!("{:#x}", region.arena_offset),
+                        size = format_args!("{:#x}", region.size),
+                        %error,
+                        "memory region not mapped; translations into it will be refused"
+                    );
                 }
-                _ => error!(region = region.id, "memory region came without exactly one descriptor; ignored"),
-            },
+                shared.arena_changed();
+            }
             DaemonMessage::RemoveRegion { id } => {
                 if let Err(error) = shared.arena.remove(id) {
                     error!(region = id, %error, "memory region not unmapped");

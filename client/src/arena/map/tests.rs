@@ -86,7 +86,7 @@ fn what_somebody_else_took_is_left_alone() {
 #[test]
 fn an_arena_that_lost_a_place_compares_every_translation() {
     let arena = Arena::new(4 * OFFSET as u64).expect("an arena");
-    let file = memfd::create("guest", LEN as u64).expect("a memfd");
+    let file = [memfd::create("guest", LEN as u64).expect("a memfd")];
     let region = |id, arena_offset: usize| {
         let arena_offset = arena_offset as u64;
         RegionInfo { id, arena_offset, guest_address: arena_offset, size: LEN as u64, file_offset: 0 }
