@@ -23,6 +23,11 @@ const ALIGNMENT: usize = 1 << 30;
 /// What may be done with a file that is mapped.
 const FILE_ACCESS: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
+/// A mapping of guest memory. Nothing is set aside for it: on `hugetlbfs` the first shared mapping without NORESERVE
+/// takes huge pages for all of it out of the host's pool, whatever the front-end, whose memory it is, wants there. One
+/// that populates memory as it goes maps without a reserve, and may have been given fewer pages than the file is long.
+const SHARED: MapFlags = MapFlags::SHARED.union(MapFlags::NORESERVE);
+
 /// A mapping that only keeps its place.
 const NOTHING: MapFlags = MapFlags::PRIVATE.union(MapFlags::NORESERVE);
 
@@ -96,7 +101,7 @@ impl Reservation {
         // SAFETY: the range lies in this reservation and was never lost, so nothing else maps into it; it is not lost
         // meanwhile either, because the arena holds its lock for one mapping at a time. Guest memory carries no Rust
         // references that a replaced mapping could pull away.
-        let mapped = unsafe { mmap(at, len, FILE_ACCESS, MapFlags::SHARED | MapFlags::FIXED, file, file_offset) };
+        let mapped = unsafe { mmap(at, len, FILE_ACCESS, SHARED | MapFlags::FIXED, file, file_offset) };
         mapped.inspect_err(|_| self.put_back(offset, len))?;
         self.keep_private(offset, len).inspect_err(|_| {
             let _ = self.clear(offset, len);
@@ -199,12 +204,12 @@ impl Drop for Reservation {
     }
 }
 
-/// Maps the file where the kernel likes, and unmaps it again. What makes a file refuse (a seal, no huge pages left) is
-/// seen here, where nothing is taken away before. A region is mapped rarely and nothing is touched, so this is cheap.
-/// As much address space again is taken for a moment.
+/// Maps the file where the kernel likes, and unmaps it again. What makes a file refuse (a seal, an offset inside a huge
+/// page) is seen here, where nothing is taken away before. A region is mapped rarely and nothing is touched, so this is
+/// cheap. As much address space again is taken for a moment.
 fn try_elsewhere(len: usize, file: BorrowedFd<'_>, file_offset: u64) -> io::Result<()> {
     // SAFETY: the kernel chooses a free range, so nothing that exists is replaced.
-    let at = unsafe { mmap(ptr::null_mut(), len, FILE_ACCESS, MapFlags::SHARED, file, file_offset) }?;
+    let at = unsafe { mmap(ptr::null_mut(), len, FILE_ACCESS, SHARED, file, file_offset) }?;
     // SAFETY: made above, and nobody else knows of it.
     unsafe { munmap(at, len) }?;
     Ok(())

@@ -16,17 +16,33 @@ const LEN: usize = 0x1_0000;
 /// More huge pages than any machine has free.
 const HUGE_LEN: usize = 1 << 40;
 
-/// Files that `mmap` refuses only when it has unmapped what was in the way, or did so once: Linux 6.14 and later look
-/// at the seals first. The system may have no huge pages at all.
-fn refused_files() -> Vec<(&'static str, OwnedFd, usize)> {
+/// A file on huge pages that are not there; `None` where the system knows no huge pages.
+fn huge_file() -> Option<OwnedFd> {
+    let huge = rustix::fs::memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB);
+    let huge = huge.inspect_err(|error| eprintln!("not tried with huge pages: {error}")).ok()?;
+    rustix::fs::ftruncate(&huge, HUGE_LEN as u64).expect("a length");
+    Some(huge)
+}
+
+/// Files, with an offset, that `mmap` refuses only when it has unmapped what was in the way, or did so once: Linux 6.14
+/// and later look at the seals first.
+fn refused_files() -> Vec<(&'static str, OwnedFd, u64)> {
     let sealed = memfd::create("sealed", LEN as u64).expect("a memfd");
     memfd::seal_read_only(sealed.as_fd()).expect("sealed");
-    let mut files = vec![("sealed", sealed, LEN)];
-    if let Ok(huge) = rustix::fs::memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB) {
-        rustix::fs::ftruncate(&huge, HUGE_LEN as u64).expect("a length");
-        files.push(("huge", huge, HUGE_LEN));
-    }
+    let mut files = vec![("sealed", sealed, 0)];
+    // An offset inside a huge page.
+    files.extend(huge_file().map(|huge| ("huge", huge, 0x1000)));
     files
+}
+
+#[test]
+fn huge_pages_are_not_reserved() {
+    let Some(huge) = huge_file() else { return };
+    let arena = Arena::new((OFFSET + HUGE_LEN) as u64).expect("an arena");
+    let (offset, size) = (OFFSET as u64, HUGE_LEN as u64);
+    let info = RegionInfo { id: 1, arena_offset: offset, guest_address: offset, size, file_offset: 0 };
+    arena.add(&info, std::slice::from_ref(&huge)).expect("mapped, though there are not so many huge pages");
+    assert!(arena.is_complete() && arena.is_mapped(offset, size));
 }
 
 /// What comes of a mapping of nothing at `offset` that replaces nothing.
@@ -39,10 +55,11 @@ fn squat(reservation: &Reservation, offset: usize, len: usize) -> Result<(), Err
 
 #[test]
 fn a_refused_file_leaves_no_hole() {
-    for (name, file, len) in refused_files() {
-        let reservation = Reservation::new(OFFSET + len).expect("a reservation");
-        reservation.map_file(OFFSET, len, file.as_fd(), 0).expect_err(name);
-        assert_eq!(squat(&reservation, OFFSET, len), Err(Errno::EXIST), "{name}");
+    for (name, file, file_offset) in refused_files() {
+        // As long as a huge page.
+        let reservation = Reservation::new(2 * OFFSET).expect("a reservation");
+        reservation.map_file(OFFSET, OFFSET, file.as_fd(), file_offset).expect_err(name);
+        assert_eq!(squat(&reservation, OFFSET, OFFSET), Err(Errno::EXIST), "{name}");
         let good = memfd::create("good", LEN as u64).expect("a memfd");
         reservation.map_file(OFFSET, LEN, good.as_fd(), 0).expect("the place is free for another");
     }
