@@ -361,6 +361,47 @@ fn a_denial_is_not_lost_in_the_wait_for_a_wish() {
     assert_eq!((stage.run(), stage.used()), (Step::Missing, vec![0]), "the first chain went back");
 }
 
+/// A region that the worker could not map: its file is too short.
+const UNMAPPED: u64 = 32 << 20;
+
+fn add_unmapped(stage: &mut Stage) {
+    stage.daemon.add_region_of(2, UNMAPPED, &stage.memory, 2 * stage.memory.size);
+    stage.daemon.finish_map();
+}
+
+#[test]
+fn a_buffer_in_memory_that_cannot_be_mapped_costs_only_its_chain() {
+    let mut stage = Stage::new();
+    add_unmapped(&mut stage);
+    stage.daemon.map(page(0), PAGE_SIZE, UNMAPPED, Access::READ);
+    stage.daemon.map(page(2), PAGE_SIZE, page(2), Access::READ);
+    // The second is missing; it would be asked for in vain.
+    stage.post(2);
+    stage.post(1);
+    assert_eq!((stage.run(), stage.run()), (Step::Again, Step::Again));
+    assert_eq!((stage.used(), stage.backlog.len(), asked(&stage.daemon)), (vec![0, 0], 1, vec![]));
+    assert!(stage.lane.ready());
+}
+
+#[test]
+fn a_ring_in_memory_that_cannot_be_mapped_is_looked_at_again() {
+    let mut stage = Stage::new();
+    add_unmapped(&mut stage);
+    stage.daemon.map(page(0), PAGE_SIZE, page(0), Access::READ);
+    stage.post(1);
+    // The used ring: a denial of that could mean that it may only be written.
+    for table in [AVAIL, USED] {
+        stage.daemon.unmap(table, PAGE_SIZE);
+        stage.daemon.map(table, PAGE_SIZE, UNMAPPED, Access::READ_WRITE);
+        let step = stage.run();
+        assert!(matches!(step, Step::Later(_)) && !stage.lane.ready(), "{step:?}");
+        stage.daemon.unmap(table, PAGE_SIZE);
+        stage.daemon.map(table, PAGE_SIZE, table, Access::READ_WRITE);
+        stage.lane.kicked();
+    }
+    assert_eq!((stage.run(), stage.backlog.len()), (Step::Again, 1));
+}
+
 #[test]
 fn a_packet_in_several_buffers_passes_over_a_denied_one_at_once() {
     let mut stage = Stage::new();

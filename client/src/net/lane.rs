@@ -88,8 +88,9 @@ pub enum Step {
 enum Rest {
     /// The ring is broken; until queue records change.
     Broken { queue_generation: u64 },
-    /// The front-end denied the ring's tables; until that, or until the guest kicks again. But a ring that asked for no
-    /// kicks gets none, and cannot ask otherwise while it is out of reach: so not for longer than this either.
+    /// The front-end denied the ring's tables, or they cannot be mapped; until that, or until the guest kicks again.
+    /// But a ring that asked for no kicks gets none, and cannot ask otherwise while it is out of reach: so not for
+    /// longer than this either.
     Denied { queue_generation: u64, until: Instant },
     /// A miss was not answered.
     Until(Instant),
@@ -279,6 +280,10 @@ impl Lane {
                 self.ready = false;
                 Ok(Step::Resting)
             }
+            Some(RingFault::Unmapped { iova, len, place }) => {
+                let what = format!("{len} bytes at {iova:#x}");
+                Ok(self.give_up(place, &what, "could not be mapped here", queue_generation))
+            }
             Some(RingFault::Miss(set)) => match self.asked.ask(reader, &set) {
                 Ok(()) => {
                     self.missing = Some(Missing { set, record, queue_generation, wait_due: true });
@@ -302,7 +307,7 @@ impl Lane {
             }
             // Later, when the tables are there again.
             Err(RingFault::Miss(_) | RingFault::Remapping) => self.reject = Some(chain),
-            Err(RingFault::Stopped | RingFault::Broken(_)) => {}
+            Err(RingFault::Unmapped { .. } | RingFault::Stopped | RingFault::Broken(_)) => {}
         }
         done
     }
@@ -353,17 +358,24 @@ impl Lane {
         record: &QueueRecord,
         queue_generation: u64,
     ) -> Step {
+        if place == MissPlace::Tables && self.ring.denied(iova, access, record) {
+            return Step::Again;
+        }
+        self.give_up(place, &format!("page {iova:#x} ({access})"), "was denied", queue_generation)
+    }
+
+    /// The ring, or one of its chains, is of no use for now.
+    fn give_up(&mut self, place: MissPlace, what: &str, why: &str, queue_generation: u64) -> Step {
         match place {
-            MissPlace::Tables if self.ring.denied(iova, access, record) => Step::Again,
             MissPlace::Tables => {
-                self.report(&format!("the ring's own page {iova:#x} ({access}) was denied"));
+                self.report(&format!("the ring's own {what} {why}"));
                 let until = Instant::now() + DENIED_PAUSE;
                 self.rest = Some(Rest::Denied { queue_generation, until });
                 self.ready = false;
                 Step::Later(until)
             }
             MissPlace::Chain { position } => {
-                self.report(&format!("a buffer's page {iova:#x} ({access}) was denied; its chain goes back unused"));
+                self.report(&format!("a buffer's {what} {why}; its chain goes back unused"));
                 self.reject = Some(Rejected { position, queue_generation });
                 Step::Again
             }

@@ -72,8 +72,8 @@ impl<'g, M: RingMemory + ?Sized> Burst<'g, M> {
     ///
     /// # Errors
     ///
-    /// [`RingFault::Miss`] with the missing pages of this chain and of those behind it, [`RingFault::Remapping`],
-    /// [`RingFault::Broken`].
+    /// [`RingFault::Miss`] with the missing pages of this chain and of those behind it, [`RingFault::Unmapped`],
+    /// [`RingFault::Remapping`], [`RingFault::Broken`].
     pub fn next_chain(&mut self) -> Result<Option<Chain<'g>>, RingFault> {
         let position = self.state.next_used.wrapping_add(self.state.taken);
         if !self.is_posted(position)? {
@@ -280,6 +280,7 @@ impl<'g, M: RingMemory + ?Sized> Burst<'g, M> {
             size: self.size,
             indirect: self.indirect,
             bytes_max: self.limits.chain_bytes_max,
+            place: MissPlace::Chain { position },
         };
         let complete = walk.chain(head, parts, &mut self.state.scratch, misses)?;
         Ok((head, complete))

@@ -27,12 +27,12 @@ impl Miss {
     }
 }
 
-/// Where pages are missing.
+/// Where pages are missing, or lie in memory that this process could not map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MissPlace {
     /// In the ring itself: nothing can be done before they are there.
     Tables,
-    /// In a chain. After a denial the ring goes on behind it
+    /// In a chain. After a denial, and where memory could not be mapped, the ring goes on behind it
     /// ([`Burst::reject_through`](super::Burst::reject_through)).
     Chain {
         /// Where it is in the available ring, counted as `avail.idx` is.
@@ -76,8 +76,8 @@ pub enum Broken {
         /// What it must be aligned to.
         align: usize,
     },
-    /// An address range that passes the end of the address space, or leads to memory that this process cannot map.
-    #[error("{len} bytes at IOVA {iova:#x} pass the end of the address space or lie in memory that cannot be mapped")]
+    /// An address range that passes the end of the address space.
+    #[error("{len} bytes at IOVA {iova:#x} pass the end of the address space")]
     Wrapped {
         /// Where it starts.
         iova: u64,
@@ -150,6 +150,17 @@ pub enum RingFault {
     /// Pages are missing. Nothing was consumed: ask for them *after the unpin*, then try again.
     #[error("{} translations are missing", .0.misses.len())]
     Miss(MissSet),
+    /// Something lies in memory that this process could not map (the log says why). The driver did nothing wrong, and
+    /// other memory is there as ever: only what `place` says is of no use.
+    #[error("{len} bytes at IOVA {iova:#x} lie in memory that this process could not map")]
+    Unmapped {
+        /// Where it starts.
+        iova: u64,
+        /// How long it is.
+        len: u64,
+        /// What it is for.
+        place: MissPlace,
+    },
     /// This process has not yet mapped the present memory map; wait unpinned, then try again.
     #[error("the memory map of the guest is changing")]
     Remapping,

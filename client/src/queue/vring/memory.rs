@@ -6,7 +6,7 @@ use iotlb_proto::access::Access;
 use iotlb_proto::iova::IovaRange;
 use iotlb_proto::sync::{AtomicU16, AtomicU64, Ordering};
 
-use super::fault::{Broken, MissList, RingFault};
+use super::fault::{Broken, MissList, MissPlace, RingFault};
 use crate::{Fault, Guard};
 
 /// One memory of this process, unlike all others that it ever has.
@@ -224,7 +224,7 @@ impl RawPiece {
     }
 }
 
-/// Translates a range; what is missing goes to `misses`, *all* of it, and the pieces go to `visit`.
+/// Translates a range for `place`; what is missing goes to `misses`, *all* of it, and the pieces go to `visit`.
 ///
 /// `Ok(true)`: nothing is missing. `Ok(false)`: forget what was visited.
 pub(super) fn translate_or_list<M: RingMemory + ?Sized>(
@@ -232,17 +232,20 @@ pub(super) fn translate_or_list<M: RingMemory + ?Sized>(
     iova: u64,
     len: u64,
     access: Access,
+    place: MissPlace,
     misses: &mut MissList,
     visit: &mut dyn FnMut(RawPiece),
 ) -> Result<bool, RingFault> {
     let Some(range) = IovaRange::from_len(iova, len) else {
         return Err(Broken::Wrapped { iova, len }.into());
     };
+    // Neither empty nor wrapped, so an invalid one lies in memory that is not mapped here.
+    let unmapped = || RingFault::Unmapped { iova, len, place };
     match memory.translate_pieces(iova, len, access, visit) {
         Ok(()) => return Ok(true),
         Err(Fault::Miss { iova, access }) => misses.push(iova, access),
         Err(Fault::Remapping) => return Err(RingFault::Remapping),
-        Err(Fault::Invalid) => return Err(Broken::Wrapped { iova, len }.into()),
+        Err(Fault::Invalid) => return Err(unmapped()),
     }
     // The rare way: a translation stops at its first missing page, so step over that one and look at the rest.
     let mut at = range.first();
@@ -258,7 +261,7 @@ pub(super) fn translate_or_list<M: RingMemory + ?Sized>(
                 at = page.last() + 1;
             }
             Err(Fault::Remapping) => return Err(RingFault::Remapping),
-            Err(Fault::Invalid) => return Err(Broken::Wrapped { iova, len }.into()),
+            Err(Fault::Invalid) => return Err(unmapped()),
         }
     }
     Ok(false)

@@ -140,8 +140,8 @@ impl Vring {
     ///
     /// # Errors
     ///
-    /// [`RingFault::Stopped`] where the ring may not be touched; a miss or a wrong alignment in one of its tables;
-    /// [`RingFault::Broken`] again, while a broken ring was not set up anew.
+    /// [`RingFault::Stopped`] where the ring may not be touched; a miss, memory that could not be mapped or a wrong
+    /// alignment in one of its tables; [`RingFault::Broken`] again, while a broken ring was not set up anew.
     pub fn begin<'g, M: RingMemory + ?Sized>(
         &'g mut self,
         memory: &'g M,

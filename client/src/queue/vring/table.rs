@@ -3,7 +3,7 @@
 use iotlb_proto::access::Access;
 use iotlb_proto::sync::Ordering;
 
-use super::fault::{Broken, MissList, RingFault};
+use super::fault::{Broken, MissList, MissPlace, RingFault};
 use super::memory::{RawPiece, RingMemory, translate_or_list};
 
 /// A translated table: pieces in order, each with its offset in the table.
@@ -27,7 +27,7 @@ impl Table {
     ) -> Result<Option<Table>, RingFault> {
         let mut table = Table::default();
         let mut offset = 0;
-        let complete = translate_or_list(memory, iova, len as u64, access, misses, &mut |piece| {
+        let complete = translate_or_list(memory, iova, len as u64, access, MissPlace::Tables, misses, &mut |piece| {
             match table.pieces.last_mut() {
                 Some((_, last)) if last.touches(&piece) => last.grow(piece.len()),
                 _ => table.pieces.push((offset, piece)),

@@ -3,7 +3,7 @@
 use iotlb_proto::access::Access;
 
 use super::chain::Parts;
-use super::fault::{Broken, MissList, RingFault};
+use super::fault::{Broken, MissList, MissPlace, RingFault};
 use super::memory::{RingMemory, translate_or_list};
 use super::table::TableView;
 
@@ -43,6 +43,8 @@ pub(super) struct Walk<'a, M: ?Sized> {
     pub(super) size: u16,
     pub(super) indirect: bool,
     pub(super) bytes_max: u64,
+    /// The chain.
+    pub(super) place: MissPlace,
 }
 
 impl<M: RingMemory + ?Sized> Walk<'_, M> {
@@ -100,6 +102,7 @@ impl<M: RingMemory + ?Sized> Walk<'_, M> {
             table.address,
             bytes as u64,
             Access::READ,
+            self.place,
             misses,
             // SAFETY: visited pieces are valid for reading while the memory is borrowed, which it is here.
             &mut |piece| filled += unsafe { piece.copy_out(0, &mut scratch[filled..]) },
@@ -147,7 +150,8 @@ impl<M: RingMemory + ?Sized> Walk<'_, M> {
         let (access, pieces) =
             if writable { (Access::WRITE, &mut parts.writable) } else { (Access::READ, &mut parts.readable) };
         let len = u64::from(descriptor.len);
-        if !translate_or_list(self.memory, descriptor.address, len, access, misses, &mut |piece| pieces.push(piece))? {
+        let mut visit = |piece| pieces.push(piece);
+        if !translate_or_list(self.memory, descriptor.address, len, access, self.place, misses, &mut visit)? {
             sum.complete = false;
         }
         Ok(())
