@@ -43,7 +43,8 @@ mod turns;
 /// A reply is asked for after so many messages at the latest: half of the places become free while the front-end works
 /// on the other half. More replies would only cost it more.
 const REPLY_EVERY: usize = IN_FLIGHT_MAX / 2;
-/// How often a page is asked again when the front-end says "done" and the page still is not there.
+/// How often a page is asked again when the front-end says "done" and the page still is not there. The guest may have
+/// mapped it just then, or others may want another part of it; a page that is not there after that does not come.
 const RETRIES_MAX: u8 = 3;
 /// What counts as the reply to a message without one, when a later one was replied to and the page is not there.
 const PASSED_OVER: u64 = 1;
@@ -380,6 +381,12 @@ impl Misses {
                         Coverage::Forbidden(at) => {
                             verdicts.push((interest.waiter, Answer::Denied, Some((at, waiter.access))));
                         }
+                        // "Done" each time, and everything that came before it was read: the front-end has nothing
+                        // for this address, and may say so like that.
+                        Coverage::Absent(_) if flight.is_some() => {
+                            verdicts.push((interest.waiter, Answer::Denied, None));
+                        }
+                        // Translations of other parts of the page, which may not have been meant as answers.
                         _ => verdicts.push((interest.waiter, Answer::TimedOut, None)),
                     }
                 }
