@@ -51,6 +51,33 @@ fn takes_hold_their_reply_until_the_grace_period_is_over() {
 }
 
 #[test]
+fn a_started_ring_is_enabled_and_disabled_when_workers_have_seen_it() {
+    let enable = |index, num| Request::SetVringEnable(VringState { index, num });
+    let code = harness::header(&enable(0, 0), true).request;
+    let (mut bench, _fd) = started();
+    bench.instant_grace = false;
+    // A worker that pinned before may be about to write a packet, or to throw one away.
+    for num in [1, 0] {
+        for need_reply in [true, false] {
+            assert_eq!(bench.request(enable(0, num), need_reply), [], "{num}");
+            if need_reply {
+                assert!(!bench.device.accepts_requests(), "{num}");
+                bench.grace();
+                assert_eq!(bench.replies(code), [ReplyPayload::U64(0)], "{num}");
+            }
+            // The same again changes nothing, nor does it for a ring that nobody may touch.
+            assert!(bench.device.accepts_requests(), "{num}");
+            bench.ack(enable(1, num));
+        }
+    }
+    // Without a reply the next request waits all the same: a front-end may well ask for nothing else.
+    bench.silent(enable(0, 1));
+    assert!(!bench.device.accepts_requests());
+    bench.grace();
+    assert!(bench.device.accepts_requests());
+}
+
+#[test]
 fn stopping_a_ring_is_a_take_even_when_nothing_is_translated() {
     let (mut bench, _fd) = bench();
     bench.start_ring(0, DESC, AVAIL, USED);

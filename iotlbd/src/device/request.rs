@@ -283,10 +283,14 @@ impl Device {
                     other => return Err(RingError::Enable(other).into()),
                 };
                 // Front-ends say it before they negotiate features and before the ring exists.
-                if let Some(ring) = self.rings.get_mut(index) {
-                    ring.enable = Some(enable);
+                let Some(ring) = self.rings.get_mut(index) else { return Ok(Outcome::Ack) };
+                ring.enable = Some(enable);
+                let started = ring.started.is_some();
+                if self.publish_ring(index) && started {
+                    // Whoever pinned before goes by the old word: it still delivers packets, or throws them away.
+                    self.table.note_taken();
+                    return Ok(Outcome::Job(Job::take(due)));
                 }
-                self.publish_ring(index);
                 Ok(Outcome::Ack)
             }
 
