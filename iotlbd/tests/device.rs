@@ -78,6 +78,28 @@ fn a_started_ring_is_enabled_and_disabled_when_workers_have_seen_it() {
 }
 
 #[test]
+fn a_ring_does_not_start_as_it_was_when_what_it_should_be_was_refused() {
+    let address = |desc| VringAddress { index: 0, flags: 0, desc, used: USED, avail: AVAIL, log: 0 };
+    let size = |num| VringState { index: 0, num };
+    let told = |name, desc, num| match name {
+        "address" => Request::SetVringAddr(address(desc)),
+        _ => Request::SetVringNum(size(num)),
+    };
+    for name in ["address", "size"] {
+        let wrong = || told(name, DESC + 8, 100);
+        let (mut bench, _fd) = started();
+        assert_eq!(bench.value(wrong()), 1, "{name}");
+        assert!(bench.device.is_running(), "{name}: of a ring that runs nothing changes");
+        assert_eq!(bench.request(Request::GetVringBase { index: 0 }, false).len(), 1);
+        assert_eq!(bench.value(wrong()), 1, "{name}");
+        bench.ack(Request::SetVringKick(VringFd { index: 0, fd: Some(eventfd()) }));
+        assert!(!bench.device.is_running(), "{name}");
+        bench.ack(told(name, DESC, 256));
+        assert!(bench.device.is_running(), "{name}");
+    }
+}
+
+#[test]
 fn stopping_a_ring_is_a_take_even_when_nothing_is_translated() {
     let (mut bench, _fd) = bench();
     bench.start_ring(0, DESC, AVAIL, USED);

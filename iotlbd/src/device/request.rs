@@ -411,13 +411,16 @@ impl Device {
 
     fn set_vring_num(&mut self, state: VringState, due: Due) -> Result<Outcome, RequestError> {
         let index = self.ring(state.index)?;
-        let size = check_size(state.num)?;
+        let size = check_size(state.num);
         if let Some(ring) = self.rings.get_mut(index) {
-            if ring.started.is_some() && ring.size != size {
+            if ring.started.is_none() {
+                // Whether it is refused or not: the former one is not what the front-end will go by.
+                ring.size = size.unwrap_or(0);
+            } else if ring.size != size? {
                 return Err(RingError::Running(state.index).into());
             }
-            ring.size = size;
         }
+        size?;
         self.start_ring(index, due)
     }
 
@@ -436,7 +439,13 @@ impl Device {
     fn set_vring_addr(&mut self, address: VringAddress, due: Due) -> Result<Outcome, RequestError> {
         let index = self.ring(address.index)?;
         let Some(ring) = self.rings.get_mut(index) else { return Ok(Outcome::Ack) };
-        areas(told(&address), ring.size.max(1))?;
+        if let Err(error) = areas(told(&address), ring.size.max(1)) {
+            if ring.started.is_none() {
+                // As with a size: a ring without an address does not start.
+                ring.address = None;
+            }
+            return Err(error.into());
+        }
         let logs = |flags: u32| flags & ADDRESS_LOG != 0;
         let log_changed = logs(ring.address.map_or(0, |old| old.flags)) != logs(address.flags);
         match ring.started {
