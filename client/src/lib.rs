@@ -66,6 +66,7 @@ pub mod thread_pins;
 pub use attach::{AttachError, AttachOptions, Attachment};
 pub use guard::{Fault, Guard};
 pub use iotlb_proto::access::Access;
+pub use iotlb_proto::socket::address::AddressError;
 pub use iotlb_proto::table::QueueRecord;
 pub use iotlb_proto::worker::Answer;
 pub use miss::{RequestError, ResolveError, Ticket};

@@ -44,6 +44,34 @@ fn attaches_and_detaches() {
 }
 
 #[test]
+fn no_signal_of_the_program_comes_to_the_librarys_thread() {
+    let mut daemon = Daemon::new();
+    let _attachment = daemon.attach().expect("attach");
+    let read = |path: std::path::PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+    let masks = || -> Vec<u64> {
+        let threads = std::fs::read_dir("/proc/self/task").expect("threads");
+        threads
+            .map(|thread| thread.expect("a thread").path())
+            .filter(|thread| read(thread.join("comm")).trim() == "iotlb-control")
+            .filter_map(|thread| {
+                let status = read(thread.join("status"));
+                let mask = status.lines().find_map(|line| line.strip_prefix("SigBlk:"))?.trim();
+                Some(u64::from_str_radix(mask, 16).expect("a mask"))
+            })
+            .collect()
+    };
+    support::wait_until("the thread has its name", || !masks().is_empty());
+    let masks = masks();
+    let signals = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGALRM];
+    let wanted: u64 = signals.iter().map(|number| 1 << (number - 1)).sum();
+    assert!(masks.iter().all(|mask| mask & wanted == wanted), "{masks:x?}");
+    // The program's own threads go on as they were.
+    let own = read("/proc/thread-self/status".into());
+    let own = own.lines().find_map(|line| line.strip_prefix("SigBlk:")).expect("a mask").trim().to_owned();
+    assert_eq!(u64::from_str_radix(&own, 16).expect("a mask") & wanted, 0);
+}
+
+#[test]
 fn a_layout_that_does_not_fit_names_both_sides() {
     let mut daemon = Daemon::new();
     let refusal = DaemonMessage::Refused(Refusal::Layout { version: 77, hash: 0xabcd });

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use iotlb_proto::control::{DaemonMessage, WorkerMessage};
+use nix::sys::signal::{SigSet, SigmaskHow};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{error, info, warn};
 
@@ -38,11 +39,15 @@ impl ControlThread {
         let stop = Arc::new(eventfd::create()?);
         let builder = std::thread::Builder::new().name("iotlb-control".to_owned());
         let (control, stopped) = (Control { shared: &shared }, &*stop);
+        // A signal is for a thread of the program's own, which may block it only later. What the thread inherits holds
+        // before its first instruction.
+        let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
         // SAFETY: what the thread borrows lies behind two counted pointers, which go into the `ControlThread`. There
         // they stay until its drop has joined the thread, and for ever if it is forgotten. In a forked child, where the
         // drop does not join, there is no thread.
-        let thread = unsafe { builder.spawn_unchecked(move || control.run(stopped)) }?;
-        Ok(ControlThread { shared, stop, thread: Some(thread) })
+        let thread = unsafe { builder.spawn_unchecked(move || control.run(stopped)) };
+        before.thread_set_mask()?;
+        Ok(ControlThread { shared, stop, thread: Some(thread?) })
     }
 }
 
