@@ -2,6 +2,9 @@
 //!
 //! A thread that waits while it is pinned can hold up a grace period that the answer it waits for depends on. A reader
 //! knows only its own pins, so the count is kept for the thread.
+//!
+//! A guard that was forgotten (`mem::forget`) counts for good in the thread that pinned, also when its reader is gone:
+//! that thread waits no more. To take the count back, a reader would have to note with each pin which thread it is in.
 
 use std::cell::Cell;
 

@@ -101,6 +101,22 @@ fn who_is_pinned_does_not_wait() {
 }
 
 #[test]
+fn a_reader_whose_guard_was_forgotten_waits_in_no_thread() {
+    let (_daemon, _memory, attachment) = Daemon::with_memory(16);
+    let mut reader = attachment.reader().expect("a reader");
+    let mut ticket = reader.request(0x7000, 1, RW).expect("posted");
+    std::mem::forget(reader.pin().expect("pin"));
+    std::thread::spawn(move || {
+        // Without the pin the first two would time out, as nobody answers.
+        assert_eq!(reader.resolve(0x8000, 1, RW, 1), Err(ResolveError::Pinned));
+        assert_eq!(reader.wait(&mut ticket, 1), Err(ResolveError::Pinned));
+        assert!(!reader.wait_mapped(PATIENCE_MS), "else there would be nothing to wait for");
+    })
+    .join()
+    .expect("no panic");
+}
+
+#[test]
 fn long_ranges_are_split_and_the_rest_is_asked_for_later() {
     let (daemon, _memory, attachment) = Daemon::with_memory(2048);
     let pages = 2048;

@@ -37,7 +37,8 @@ pub enum ResolveError {
     /// The daemon took access away: attach anew.
     #[error("the daemon revoked this worker's access: attach anew")]
     Revoked,
-    /// The calling thread holds a pin, on this device or another. What it would wait for might wait for the pin.
+    /// The calling thread holds a pin, on this device or another, or a guard of the reader was forgotten. What it would
+    /// wait for might wait for the pin.
     #[error("a thread that holds a pin must not wait")]
     Pinned,
     /// The range is empty or wraps, no access is wanted, or the memory could not be mapped.

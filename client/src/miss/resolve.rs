@@ -11,7 +11,7 @@ use super::{ResolveError, Spin, Ticket, pages};
 use crate::guard::{Fault, Guard};
 use crate::reader::Reader;
 use crate::shared::slice_until;
-use crate::{Access, Answer, thread_pins};
+use crate::{Access, Answer};
 
 /// Rounds of asking for the same first missing page. The daemon answers *resolved* when it published the translation,
 /// so a second round means that it was taken away again at once; a guest that does so on purpose must not keep a
@@ -44,7 +44,7 @@ pub(crate) fn resolve(
     access: Access,
     deadline: Instant,
 ) -> Result<(), ResolveError> {
-    if thread_pins::count() != 0 {
+    if reader.must_not_wait() {
         return Err(ResolveError::Pinned);
     }
     let range = IovaRange::from_len(iova, len).ok_or(ResolveError::Invalid)?;

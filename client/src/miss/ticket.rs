@@ -11,7 +11,7 @@ use rustix::thread::futex;
 
 use super::{RequestError, ResolveError, Spin, Spinning, cells, pages};
 use crate::shared::{Shared, slice_until};
-use crate::{Access, Answer, thread_pins};
+use crate::{Access, Answer};
 
 /// A request that was posted. Dropping it gives up the answer, not the request.
 #[derive(Debug)]
@@ -59,10 +59,7 @@ impl Ticket {
     }
 
     /// See [`Reader::wait`](crate::Reader::wait).
-    pub(crate) fn wait_unpinned(&mut self, spin: &mut Spin, deadline: Instant) -> Result<Answer, ResolveError> {
-        if thread_pins::count() != 0 {
-            return Err(ResolveError::Pinned);
-        }
+    pub(crate) fn wait_with(&mut self, spin: &mut Spin, deadline: Instant) -> Result<Answer, ResolveError> {
         let mut spinning = spin.begin();
         let answer = self.wait(&mut spinning, deadline);
         spin.answered(&spinning);

@@ -261,8 +261,8 @@ impl Reader {
     /// on a [`Fault::Miss`](crate::Fault::Miss).
     ///
     /// # Errors
-    /// [`ResolveError::Pinned`] when the calling thread holds a pin on any device: what it waits for might wait for
-    /// the pin.
+    /// [`ResolveError::Pinned`] when the calling thread holds a pin on any device, or a guard of this reader was
+    /// forgotten: what it waits for might wait for the pin.
     pub fn resolve(&mut self, iova: u64, len: u64, access: Access, timeout_ms: u32) -> Result<(), ResolveError> {
         let deadline = self.deadline(timeout_ms);
         miss::resolve(self, iova, len, access, deadline)
@@ -302,7 +302,10 @@ impl Reader {
     /// [`ResolveError::DaemonDead`] and [`ResolveError::Revoked`]. What the answer says is no error.
     pub fn wait(&mut self, ticket: &mut Ticket, timeout_ms: u32) -> Result<Answer, ResolveError> {
         let deadline = self.deadline(timeout_ms);
-        ticket.wait_unpinned(&mut self.spin, deadline)
+        if self.must_not_wait() {
+            return Err(ResolveError::Pinned);
+        }
+        ticket.wait_with(&mut self.spin, deadline)
     }
 
     /// The answer to a request, if there is one yet; the same one again when asked again. Never blocks. After
@@ -315,7 +318,13 @@ impl Reader {
     /// [`Fault::Remapping`](crate::Fault::Remapping). `false` when that did not happen in time, when the attachment is
     /// over, or when the calling thread holds a pin.
     pub fn wait_mapped(&mut self, timeout_ms: u32) -> bool {
-        thread_pins::count() == 0 && self.shared.wait_mapped(self.deadline(timeout_ms)) == Ok(true)
+        !self.must_not_wait() && self.shared.wait_mapped(self.deadline(timeout_ms)) == Ok(true)
+    }
+
+    /// Whether a wait might be for something that waits for a pin. A guard of this reader that was forgotten counts for
+    /// the thread that pinned, which may be another one; the slot is pinned all the same.
+    pub(crate) fn must_not_wait(&self) -> bool {
+        thread_pins::count() != 0 || epoch::is_pinned(&self.slot_word)
     }
 
     /// Adds what this reader counted to the segment's counters now, instead of every thousand lookups or so. Before a
