@@ -1,7 +1,7 @@
 /*
  * Writes guest memory to the standard output: peek CONTROL_SOCKET IOVA LENGTH.
  *
- *     cargo build --release -p iotlb-client-c
+ *     cargo rustc --release -p iotlb-client-c --lib --crate-type cdylib,staticlib
  *     cc -o peek client/c/examples/peek.c -Iclient/c/include -Ltarget/release -liotlb -Wl,-rpath,$PWD/target/release
  *
  * The smallest whole worker: it attaches, pins, copies, unpins, and asks the daemon for what is missing.
@@ -10,6 +10,7 @@
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "iotlb.h"
 
@@ -47,6 +48,31 @@ static iotlb_status fetch(iotlb_reader *reader, uint64_t iova, void *buffer, siz
 	}
 }
 
+/* Copies all of it to the standard output; returns the program's exit status. */
+static int copy_out(iotlb_reader *reader, uint64_t iova, uint64_t left)
+{
+	static char chunk[CHUNK];
+
+	for (; left > 0;) {
+		size_t length = left < CHUNK ? (size_t)left : CHUNK;
+		iotlb_status status = fetch(reader, iova, chunk, length);
+
+		if (status != IOTLB_OK) {
+			fprintf(stderr, "%#" PRIx64 ": %s\n", iova, iotlb_status_text(status));
+			return 1;
+		}
+		if (fwrite(chunk, 1, length, stdout) != length)
+			break;
+		iova += length;
+		left -= length;
+	}
+	if (left > 0 || fflush(stdout) != 0) {
+		perror("stdout");
+		return 1;
+	}
+	return 0;
+}
+
 static uint64_t number(const char *text)
 {
 	char *end;
@@ -54,7 +80,7 @@ static uint64_t number(const char *text)
 	errno = 0;
 	uint64_t value = strtoull(text, &end, 0);
 
-	if (errno != 0 || end == text || *end != '\0') {
+	if (errno != 0 || end == text || *end != '\0' || strchr(text, '-') != NULL) {
 		fprintf(stderr, "%s is no number\n", text);
 		exit(2);
 	}
@@ -67,38 +93,22 @@ int main(int argc, char **argv)
 		fprintf(stderr, "usage: %s CONTROL_SOCKET IOVA LENGTH\n", argv[0]);
 		return 2;
 	}
-	uint64_t iova = number(argv[2]), left = number(argv[3]);
+	uint64_t iova = number(argv[2]), length = number(argv[3]);
 	iotlb_attach_options options = { .label = "peek" };
-	iotlb_attachment *device;
+	iotlb_attachment *device = NULL;
 	iotlb_reader *reader = NULL;
+	int exit_status = 1;
 	iotlb_status status = iotlb_set_log(complain, argv[0], IOTLB_LOG_WARN);
 
 	if (status == IOTLB_OK)
 		status = iotlb_attach(argv[1], &options, &device);
 	if (status == IOTLB_OK)
 		status = iotlb_reader_new(device, &reader);
-	if (status != IOTLB_OK) {
+	if (status == IOTLB_OK)
+		exit_status = copy_out(reader, iova, length);
+	else
 		fprintf(stderr, "%s: %s\n", argv[0], iotlb_last_error());
-		return 1;
-	}
-	/* Before a driver is there the device has nothing to translate with: the first copy asks, and waits. */
-	while (left > 0) {
-		static char chunk[CHUNK];
-		size_t length = left < CHUNK ? (size_t)left : CHUNK;
-
-		status = fetch(reader, iova, chunk, length);
-		if (status != IOTLB_OK) {
-			fprintf(stderr, "%s: %#" PRIx64 ": %s\n", argv[0], iova, iotlb_status_text(status));
-			return 1;
-		}
-		if (fwrite(chunk, 1, length, stdout) != length) {
-			perror("stdout");
-			return 1;
-		}
-		iova += length;
-		left -= length;
-	}
 	iotlb_reader_free(reader);
 	iotlb_detach(device);
-	return 0;
+	return exit_status;
 }

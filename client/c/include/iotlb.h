@@ -29,19 +29,23 @@
  *
  * Rules a worker keeps:
  *
- * - Never wait for anything while pinned: the guest's processors may stand still until the pin is gone.
+ * - Never wait for anything while pinned: the guest's processors may stand still until the pin is gone. Who is pinned for
+ *   too long is revoked: guest memory goes, and who touches it still, under the old pin, gets a SIGSEGV.
  * - An address that a translation yields is void when the pin ends.
  * - On guest memory only plain copying; no system call that lives longer than the pin (O_DIRECT, AIO, io_uring,
  *   MSG_ZEROCOPY, vmsplice): bounce instead.
  * - The guest changes its memory at any moment: copy first, check the copy.
  * - Pins are not async-signal-safe: never pin in a signal handler.
- * - A reader is used by one thread at a time; a pin ends in the thread that began it. All else may be used by several
- *   threads at once.
- * - Never fork while pinned. A child leaves what it inherited alone; it may release it.
+ * - A reader, and a request, is used by one thread at a time, and a pin ends in the thread that began it. Attachments and
+ *   queues may be used by several threads at once, but not while one of them releases them.
+ * - Never fork while the thread is pinned. A child leaves alone what it inherited; it may release it.
  *
- * Handles are made by the library and given back to it once, readers, queues and requests in any order with their
- * attachment, which lives until the last of them is gone. NULL in place of a handle is IOTLB_INVALID, or nothing
- * happens. What is not documented as optional must be good to be read, or written, for its whole length.
+ * Handles are made by the library and given back to it once, in any order: the attachment behind them lives until the
+ * last of them is gone. NULL in place of a handle is IOTLB_INVALID, or nothing happens. A pointer that is not said to
+ * be optional must be good for what it is for, of arrays for all of their length; what is only written need not be
+ * initialized.
+ *
+ * A program goes with the release that it was compiled for, and so does a worker with its daemon.
  */
 
 #ifndef IOTLB_H
@@ -50,6 +54,9 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+// Of this header: 10,000 times the major number, 100 times the minor one, and the patch.
+#define IOTLB_VERSION 100
 
 // The device reads guest memory.
 #define IOTLB_READ 1
@@ -74,12 +81,12 @@ typedef enum iotlb_status {
   IOTLB_TIMED_OUT = 5,
   // The device is not running: no front-end, all rings stopped, or the session ended.
   IOTLB_STOPPED = 6,
-  // There is no answer yet.
+  // There is no answer yet, or was none in the time that was given: it may still come.
   IOTLB_PENDING = 7,
-  // There is no room: in the array that was given, for another reader or request of this worker, or for another
+  // There is no room: in the array that was given, for another reader, request or pin of this worker, or for another
   // worker of the daemon.
   IOTLB_FULL = 8,
-  // The calling thread holds a pin and must not wait.
+  // The calling thread holds a pin, on this device or another, and must not wait.
   IOTLB_PINNED = 9,
   // The reader is not pinned.
   IOTLB_NOT_PINNED = 10,
@@ -91,6 +98,10 @@ typedef enum iotlb_status {
   IOTLB_REFUSED = 13,
   // The system failed, or the daemon does not fit: iotlb_last_error has the reason.
   IOTLB_FAILED = 14,
+  // Nobody listens at the control socket, or not yet: iotlb_last_error has the reason.
+  IOTLB_NO_DAEMON = 15,
+  // The descriptor that stops an attach is readable.
+  IOTLB_INTERRUPTED = 16,
 } iotlb_status;
 
 // How grave a line is.
@@ -129,8 +140,17 @@ typedef struct iotlb_attach_options {
 } iotlb_attach_options;
 
 // Takes one line, without a newline, that is gone when the call returns. Called by any thread of the library or of the
-// caller, several at once; must not call this library, and should not wait: others may wait for whoever logs.
+// caller, several at once. It must return, and not by an exception, a jump or the end of its thread; it must not call
+// this library; and it should not wait: others may wait for whoever logs.
 typedef void (*iotlb_log_function)(void *context, enum iotlb_log_level level, const char *line);
+
+// A range of I/O virtual addresses.
+typedef struct iotlb_range {
+  // The first.
+  uint64_t iova;
+  // How many.
+  uint64_t length;
+} iotlb_range;
 
 // A piece of guest memory: good until the pin ends.
 typedef struct iotlb_segment {
@@ -147,14 +167,6 @@ typedef struct iotlb_fault {
   // The access that was wanted: IOTLB_READ, IOTLB_WRITE or both.
   uint32_t access;
 } iotlb_fault;
-
-// A range of I/O virtual addresses.
-typedef struct iotlb_range {
-  // The first.
-  uint64_t iova;
-  // How many.
-  uint64_t length;
-} iotlb_range;
 
 // A ring as the front-end set it up. Its addresses are I/O virtual ones: translate them under the pin.
 typedef struct iotlb_queue_record {
@@ -180,14 +192,26 @@ typedef struct iotlb_queue_record {
 extern "C" {
 #endif // __cplusplus
 
+// [`IOTLB_VERSION`] of the library that is there. Before 1.0 a program goes with the release that it was compiled for.
+uint32_t iotlb_version(void);
+
 // Connects to the daemon's control socket and attaches. `options` may be NULL. The attachment, or NULL, is in
 // `*attachment` then; give it back with iotlb_detach.
 //
-// IOTLB_OK, IOTLB_INVALID, IOTLB_TIMED_OUT, IOTLB_FULL, IOTLB_REFUSED or IOTLB_FAILED; iotlb_last_error has the
-// reason.
+// The library starts a thread for each attachment, in which all signals are blocked.
+//
+// IOTLB_OK, IOTLB_INVALID, IOTLB_NO_DAEMON, IOTLB_TIMED_OUT, IOTLB_FULL, IOTLB_REFUSED or IOTLB_FAILED;
+// iotlb_last_error has the reason.
 enum iotlb_status iotlb_attach(const char *control_socket,
                                const struct iotlb_attach_options *options,
                                struct iotlb_attachment **attachment);
+
+// As iotlb_attach, but gives up with IOTLB_INTERRUPTED as soon as `stop` is readable: a descriptor of signals, say. It
+// is only polled.
+enum iotlb_status iotlb_attach_unless(int stop,
+                                      const char *control_socket,
+                                      const struct iotlb_attach_options *options,
+                                      struct iotlb_attachment **attachment);
 
 // As iotlb_attach, over a SOCK_SEQPACKET socket that is connected already: one that was inherited, say. The socket
 // belongs to the library from then on, whatever comes of it.
@@ -195,7 +219,8 @@ enum iotlb_status iotlb_attach_socket(int socket,
                                       const struct iotlb_attach_options *options,
                                       struct iotlb_attachment **attachment);
 
-// Releases an attachment. The device is left when its last reader, request and queue are released as well.
+// Releases an attachment. The device is left when its last reader, request and queue are released as well; whoever
+// releases the last of all these may wait for a moment, so not while pinned.
 void iotlb_detach(struct iotlb_attachment *attachment);
 
 // Whether the daemon lives and has not revoked this worker's access. No system call.
@@ -213,6 +238,9 @@ uint16_t iotlb_queue_count(const struct iotlb_attachment *attachment);
 
 // What the daemon calls this worker in its log; 0 for NULL.
 uint32_t iotlb_worker_id(const struct iotlb_attachment *attachment);
+
+// The device's name, which is there until the attachment is released; empty for NULL.
+const char *iotlb_device(const struct iotlb_attachment *attachment);
 
 // Has lines of `least` and graver ones handed to `log`, with `context`, until the program ends. Before that nothing is
 // logged. Once only: log and context must stay good.
@@ -238,12 +266,12 @@ enum iotlb_status iotlb_resolve(struct iotlb_reader *reader,
 
 // Waits until this process has mapped all memory that the table may point into: what to do after IOTLB_REMAPPING.
 //
-// IOTLB_OK, IOTLB_INVALID, IOTLB_PINNED, or IOTLB_TIMED_OUT, also when the attachment is over.
+// IOTLB_OK, IOTLB_INVALID, IOTLB_PINNED, IOTLB_TIMED_OUT, IOTLB_DAEMON_DEAD or IOTLB_REVOKED.
 enum iotlb_status iotlb_wait_mapped(struct iotlb_reader *reader,
                                     uint32_t timeout_ms);
 
 // Asks for `length` bytes from `iova`, at most 17 pages, without waiting: `*request`, or NULL there. Give it back with
-// iotlb_request_free. Not while the reader is pinned.
+// iotlb_request_free. Not while the thread is pinned.
 //
 // IOTLB_OK, IOTLB_INVALID, IOTLB_FULL, IOTLB_PINNED, IOTLB_DAEMON_DEAD or IOTLB_REVOKED.
 enum iotlb_status iotlb_request_new(struct iotlb_reader *reader,
@@ -252,44 +280,59 @@ enum iotlb_status iotlb_request_new(struct iotlb_reader *reader,
                                     uint32_t access,
                                     struct iotlb_request **request);
 
+// As iotlb_request_new for `count` ranges, with at most one wake-up of the daemon for all of them: it takes them up
+// together, so they go out in one batch. The first `*posted` of `requests` are good then, the others NULL: fewer than
+// `count` when there is no room for more, none when one of them makes no sense (IOTLB_INVALID).
+enum iotlb_status iotlb_request_all(struct iotlb_reader *reader,
+                                    const struct iotlb_range *ranges,
+                                    size_t count,
+                                    uint32_t access,
+                                    struct iotlb_request **requests,
+                                    size_t *posted);
+
 // What became of a request; the same again when asked again. Never blocks.
 //
 // IOTLB_PENDING; IOTLB_OK: translate again, the table held the translation when the answer was given; IOTLB_DENIED,
-// IOTLB_TIMED_OUT, IOTLB_STOPPED, IOTLB_INVALID, IOTLB_PINNED.
+// IOTLB_TIMED_OUT, IOTLB_STOPPED, IOTLB_INVALID, IOTLB_PINNED, IOTLB_DAEMON_DEAD or IOTLB_REVOKED.
+//
+// The request must have come of this reader's attachment.
 enum iotlb_status iotlb_request_poll(struct iotlb_reader *reader,
                                      struct iotlb_request *request);
 
-// Sleeps until a request is answered, or `timeout_ms` have passed.
+// Sleeps until a request is answered, or `timeout_ms` have passed: then it is IOTLB_PENDING.
 //
-// As iotlb_request_poll, IOTLB_DAEMON_DEAD and IOTLB_REVOKED.
+// As iotlb_request_poll.
 enum iotlb_status iotlb_request_wait(struct iotlb_reader *reader,
                                      struct iotlb_request *request,
                                      uint32_t timeout_ms);
 
-// Releases a request, answered or not.
+// Releases a request, answered or not. May wait as iotlb_detach does.
 void iotlb_request_free(struct iotlb_request *request);
 
 // Leases `count` queues, all of them or none: `claimed` has room for so many, in the order of `queues`. Give each back
 // with iotlb_queue_release.
 //
-// IOTLB_OK, IOTLB_INVALID, IOTLB_REFUSED, IOTLB_TIMED_OUT, IOTLB_DAEMON_DEAD, IOTLB_REVOKED or IOTLB_FAILED;
-// iotlb_last_error has the reason.
+// IOTLB_OK, IOTLB_INVALID, IOTLB_PINNED, IOTLB_REFUSED, IOTLB_TIMED_OUT, IOTLB_DAEMON_DEAD, IOTLB_REVOKED or
+// IOTLB_FAILED; iotlb_last_error has the reason.
 enum iotlb_status iotlb_claim_queues(const struct iotlb_attachment *attachment,
                                      const uint16_t *queues,
                                      size_t count,
                                      uint32_t timeout_ms,
                                      struct iotlb_queue **claimed);
 
-// Gives a queue back. The caller has stopped touching the ring.
+// Gives a queue back. The caller has stopped touching the ring. May wait for a moment, so not while pinned.
 void iotlb_queue_release(struct iotlb_queue *queue);
 
 // The ring's index; 0 for NULL.
 uint16_t iotlb_queue_index(const struct iotlb_queue *queue);
 
-// A duplicate, the caller's to close, of the descriptor that becomes readable when the driver made buffers available.
-// -1: the ring is not set up yet, is to be polled, or this process has no descriptor left. Ask again when
+// A duplicate, the caller's to close, of the descriptor that becomes readable when the driver made buffers available,
+// to `*kick`; -1 there when there is none: the ring is not set up yet, or is to be polled. Ask again when
 // iotlb_queue_descriptors_generation has grown.
-int iotlb_queue_kick_fd(const struct iotlb_queue *queue);
+//
+// IOTLB_OK, IOTLB_INVALID, or IOTLB_FAILED when this process has no descriptor left; iotlb_last_error has the reason.
+enum iotlb_status iotlb_queue_kick_fd(const struct iotlb_queue *queue,
+                                      int *kick);
 
 // Grows whenever the queue's descriptors were replaced; 0 for NULL.
 uint64_t iotlb_queue_descriptors_generation(const struct iotlb_queue *queue);
@@ -317,18 +360,22 @@ bool iotlb_queue_held(const struct iotlb_queue *queue);
 enum iotlb_status iotlb_reader_new(const struct iotlb_attachment *attachment,
                                    struct iotlb_reader **reader);
 
-// Releases a reader, in the thread that pinned it last. Its pin ends.
+// Releases a reader, in the thread that pinned it last. Its pin ends. May wait as iotlb_detach does.
 void iotlb_reader_free(struct iotlb_reader *reader);
 
 // Pins: until iotlb_unpin, everything a translation yields stays what it was. No system call, no lock. Pins nest, and
 // the outermost counts. Pin for a burst, not for a program.
 //
-// IOTLB_OK, IOTLB_INVALID, IOTLB_DAEMON_DEAD or IOTLB_REVOKED; when it is not IOTLB_OK there is nothing to unpin, and
-// nothing of the guest may be touched.
+// IOTLB_OK; IOTLB_INVALID, IOTLB_DAEMON_DEAD, IOTLB_REVOKED, or IOTLB_FULL after four billion of them: then there is
+// nothing more to unpin than before, and nothing more of the guest may be touched.
 enum iotlb_status iotlb_pin(struct iotlb_reader *reader);
 
-// Ends a pin, in the thread that began it.
+// Ends a pin, in the thread that began it. Where there is none, nothing happens.
 void iotlb_unpin(struct iotlb_reader *reader);
+
+// Adds what this reader counted to the worker's figures now, instead of every thousand lookups or so. Before a thread
+// goes idle, say.
+void iotlb_flush_counters(struct iotlb_reader *reader);
 
 // What a status means, in a few words. The text is there for as long as the library is.
 //
@@ -371,7 +418,8 @@ size_t iotlb_translate_burst(const struct iotlb_reader *reader,
                              uint32_t access,
                              void **addresses);
 
-// Copies `length` bytes from `iova` on to `buffer`. Nothing is copied when there is a fault; see iotlb_translate.
+// Copies `length` bytes from `iova` on to `buffer`. Nothing is copied when there is a fault; see iotlb_translate. The
+// guest may write meanwhile, so its bytes can be a mixture.
 enum iotlb_status iotlb_copy_from(const struct iotlb_reader *reader,
                                   uint64_t iova,
                                   void *buffer,
@@ -386,7 +434,8 @@ enum iotlb_status iotlb_copy_to(const struct iotlb_reader *reader,
                                 struct iotlb_fault *fault);
 
 // Grows with every translation that was taken away. An address that is kept across pins is void when it changed, and
-// with its attachment. 0 when the reader is not pinned.
+// with its attachment. Ask *before* the translation that yields the address, and the same reader. 0 when the reader is
+// not pinned.
 uint64_t iotlb_removal_generation(const struct iotlb_reader *reader);
 
 // Grows with every front-end session and device reset. 0 when the reader is not pinned.

@@ -1,19 +1,31 @@
 //! The connection to a device.
 
-use std::ffi::{OsStr, c_char, c_int};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ffi::{CStr, CString, OsStr, c_char, c_int};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use iotlb_client::{AttachOptions, Attachment};
 
 use crate::handle::{give, release, text};
-use crate::status::{Failure, iotlb_status};
+use crate::status::{Failure, iotlb_status, told};
 
 /// A worker's connection to one device. When the daemon dies, or this worker's access is revoked, it is over for good:
 /// release everything that came of it, and attach anew.
 #[derive(Debug)]
-pub struct iotlb_attachment(pub(crate) Attachment);
+pub struct iotlb_attachment {
+    pub(crate) inner: Attachment,
+    /// The device's name.
+    device: CString,
+}
+
+impl iotlb_attachment {
+    fn of(inner: Attachment) -> iotlb_attachment {
+        // No name has a NUL: the codec refuses control characters.
+        let device = CString::new(inner.device()).unwrap_or_default();
+        iotlb_attachment { inner, device }
+    }
+}
 
 /// How to attach. What is zero has its default.
 #[repr(C)]
@@ -30,8 +42,10 @@ pub struct iotlb_attach_options {
 /// Connects to the daemon's control socket and attaches. `options` may be NULL. The attachment, or NULL, is in
 /// `*attachment` then; give it back with iotlb_detach.
 ///
-/// IOTLB_OK, IOTLB_INVALID, IOTLB_TIMED_OUT, IOTLB_FULL, IOTLB_REFUSED or IOTLB_FAILED; iotlb_last_error has the
-/// reason.
+/// The library starts a thread for each attachment, in which all signals are blocked.
+///
+/// IOTLB_OK, IOTLB_INVALID, IOTLB_NO_DAEMON, IOTLB_TIMED_OUT, IOTLB_FULL, IOTLB_REFUSED or IOTLB_FAILED;
+/// iotlb_last_error has the reason.
 ///
 /// # Safety
 /// The pointers are good; `control_socket` and the options' texts end with a NUL.
@@ -42,7 +56,23 @@ pub unsafe extern "C" fn iotlb_attach(
     attachment: *mut *mut iotlb_attachment,
 ) -> iotlb_status {
     // SAFETY: the caller's promise, for all of them.
-    unsafe { give(attachment, connect(control_socket, options)) }
+    told(unsafe { give(attachment, || connect(None, control_socket, options)) })
+}
+
+/// As iotlb_attach, but gives up with IOTLB_INTERRUPTED as soon as `stop` is readable: a descriptor of signals, say. It
+/// is only polled.
+///
+/// # Safety
+/// As iotlb_attach; `stop` stays open.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn iotlb_attach_unless(
+    stop: c_int,
+    control_socket: *const c_char,
+    options: *const iotlb_attach_options,
+    attachment: *mut *mut iotlb_attachment,
+) -> iotlb_status {
+    // SAFETY: the caller's promise, for all of them.
+    told(unsafe { give(attachment, || connect(Some(stop), control_socket, options)) })
 }
 
 /// As iotlb_attach, over a SOCK_SEQPACKET socket that is connected already: one that was inherited, say. The socket
@@ -56,11 +86,16 @@ pub unsafe extern "C" fn iotlb_attach_socket(
     options: *const iotlb_attach_options,
     attachment: *mut *mut iotlb_attachment,
 ) -> iotlb_status {
+    let socket = match owned(socket) {
+        Ok(socket) => socket,
+        Err(failure) => return told(Err(failure)),
+    };
     // SAFETY: the caller's promise, for all of them.
-    unsafe { give(attachment, adopt(socket, options)) }
+    told(unsafe { give(attachment, || adopt(socket, options)) })
 }
 
-/// Releases an attachment. The device is left when its last reader, request and queue are released as well.
+/// Releases an attachment. The device is left when its last reader, request and queue are released as well; whoever
+/// releases the last of all these may wait for a moment, so not while pinned.
 ///
 /// # Safety
 /// `attachment` is NULL, or was given by this library and not released since.
@@ -77,7 +112,7 @@ pub unsafe extern "C" fn iotlb_detach(attachment: *mut iotlb_attachment) {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn iotlb_alive(attachment: *const iotlb_attachment) -> bool {
     // SAFETY: the caller's promise.
-    unsafe { attachment.as_ref() }.is_some_and(|attachment| attachment.0.alive())
+    unsafe { attachment.as_ref() }.is_some_and(|attachment| attachment.inner.alive())
 }
 
 /// A descriptor to be polled, and nothing else: readable, until iotlb_clear_events, once a leased queue got other
@@ -88,7 +123,7 @@ pub unsafe extern "C" fn iotlb_alive(attachment: *const iotlb_attachment) -> boo
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn iotlb_events_fd(attachment: *const iotlb_attachment) -> c_int {
     // SAFETY: the caller's promise.
-    unsafe { attachment.as_ref() }.map_or(-1, |attachment| attachment.0.events().as_raw_fd())
+    unsafe { attachment.as_ref() }.map_or(-1, |attachment| attachment.inner.events().as_raw_fd())
 }
 
 /// Makes that descriptor unreadable until the next change. Clear first, then look at what changed.
@@ -99,7 +134,7 @@ pub unsafe extern "C" fn iotlb_events_fd(attachment: *const iotlb_attachment) ->
 pub unsafe extern "C" fn iotlb_clear_events(attachment: *const iotlb_attachment) {
     // SAFETY: the caller's promise.
     if let Some(attachment) = unsafe { attachment.as_ref() } {
-        attachment.0.clear_events();
+        attachment.inner.clear_events();
     }
 }
 
@@ -110,7 +145,7 @@ pub unsafe extern "C" fn iotlb_clear_events(attachment: *const iotlb_attachment)
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn iotlb_queue_count(attachment: *const iotlb_attachment) -> u16 {
     // SAFETY: the caller's promise.
-    unsafe { attachment.as_ref() }.map_or(0, |attachment| attachment.0.queue_count())
+    unsafe { attachment.as_ref() }.map_or(0, |attachment| attachment.inner.queue_count())
 }
 
 /// What the daemon calls this worker in its log; 0 for NULL.
@@ -120,12 +155,23 @@ pub unsafe extern "C" fn iotlb_queue_count(attachment: *const iotlb_attachment) 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn iotlb_worker_id(attachment: *const iotlb_attachment) -> u32 {
     // SAFETY: the caller's promise.
-    unsafe { attachment.as_ref() }.map_or(0, |attachment| attachment.0.worker())
+    unsafe { attachment.as_ref() }.map_or(0, |attachment| attachment.inner.worker())
+}
+
+/// The device's name, which is there until the attachment is released; empty for NULL.
+///
+/// # Safety
+/// `attachment` is NULL or good.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn iotlb_device(attachment: *const iotlb_attachment) -> *const c_char {
+    // SAFETY: the caller's promise.
+    unsafe { attachment.as_ref() }.map_or(c"".as_ptr(), |attachment| attachment.device.as_ptr())
 }
 
 /// # Safety
-/// As [`iotlb_attach`].
+/// As [`iotlb_attach_unless`].
 unsafe fn connect(
+    stop: Option<c_int>,
     control_socket: *const c_char,
     options: *const iotlb_attach_options,
 ) -> Result<iotlb_attachment, Failure> {
@@ -133,22 +179,37 @@ unsafe fn connect(
         return Err(Failure::null("the path of the control socket"));
     }
     // SAFETY: the caller's promise.
-    let (path, options) = unsafe { (std::ffi::CStr::from_ptr(control_socket), options_of(options)?) };
-    Ok(iotlb_attachment(Attachment::connect(Path::new(OsStr::from_bytes(path.to_bytes())), &options)?))
+    let (path, options) = unsafe { (CStr::from_ptr(control_socket), options_of(options)?) };
+    let path = Path::new(OsStr::from_bytes(path.to_bytes()));
+    let attached = match stop {
+        None => Attachment::connect(path, &options),
+        Some(stop) => {
+            is_open(stop)?;
+            // SAFETY: it is open, and stays so by the caller's promise.
+            Attachment::connect_unless(unsafe { BorrowedFd::borrow_raw(stop) }, path, &options)
+        }
+    };
+    Ok(iotlb_attachment::of(attached?))
+}
+
+fn is_open(fd: c_int) -> Result<(), Failure> {
+    // SAFETY: asking is harmless whatever the number is.
+    if fd < 0 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 { Err(Failure::descriptor(fd)) } else { Ok(()) }
+}
+
+/// Takes a descriptor that is the library's from now on.
+fn owned(fd: c_int) -> Result<OwnedFd, Failure> {
+    is_open(fd)?;
+    // SAFETY: it is open, and by the promise of `iotlb_attach_socket`'s caller nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// # Safety
-/// As [`iotlb_attach_socket`].
-unsafe fn adopt(socket: c_int, options: *const iotlb_attach_options) -> Result<iotlb_attachment, Failure> {
-    // SAFETY: asking is harmless whatever the number is.
-    if socket < 0 || unsafe { libc::fcntl(socket, libc::F_GETFD) } < 0 {
-        return Err(Failure::descriptor(socket));
-    }
-    // SAFETY: it is open, and by the caller's promise nobody else's. From here on it is closed in any case.
-    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+/// `options` is null or good, and so are its texts.
+unsafe fn adopt(socket: OwnedFd, options: *const iotlb_attach_options) -> Result<iotlb_attachment, Failure> {
     // SAFETY: the caller's promise.
     let options = unsafe { options_of(options) }?;
-    Ok(iotlb_attachment(Attachment::from_socket(socket, &options)?))
+    Ok(iotlb_attachment::of(Attachment::from_socket(socket, &options)?))
 }
 
 /// # Safety

@@ -28,3 +28,12 @@ pub mod queue;
 pub mod reader;
 pub mod status;
 pub mod translate;
+
+/// Of this header: 10,000 times the major number, 100 times the minor one, and the patch.
+pub const IOTLB_VERSION: u32 = 100;
+
+/// [`IOTLB_VERSION`] of the library that is there. Before 1.0 a program goes with the release that it was compiled for.
+#[unsafe(no_mangle)]
+pub extern "C" fn iotlb_version() -> u32 {
+    IOTLB_VERSION
+}

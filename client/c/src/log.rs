@@ -7,8 +7,8 @@ use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
-use crate::status::iotlb_status::{IOTLB_OK, IOTLB_REFUSED};
-use crate::status::{Failure, iotlb_status};
+use crate::status::iotlb_status::IOTLB_REFUSED;
+use crate::status::{Failure, iotlb_status, told};
 
 /// How grave a line is.
 #[repr(C)]
@@ -25,7 +25,8 @@ pub enum iotlb_log_level {
 }
 
 /// Takes one line, without a newline, that is gone when the call returns. Called by any thread of the library or of the
-/// caller, several at once; must not call this library, and should not wait: others may wait for whoever logs.
+/// caller, several at once. It must return, and not by an exception, a jump or the end of its thread; it must not call
+/// this library; and it should not wait: others may wait for whoever logs.
 pub type iotlb_log_function =
     Option<unsafe extern "C" fn(context: *mut c_void, level: iotlb_log_level, line: *const c_char)>;
 
@@ -51,18 +52,16 @@ unsafe impl Sync for Sink {}
 /// `log` may be called with `context` by any thread, by several at once, until the program ends.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn iotlb_set_log(log: iotlb_log_function, context: *mut c_void, least: u32) -> iotlb_status {
-    let Some(function) = log else { return Failure::null("the log function").told() };
+    let Some(function) = log else { return told(Err(Failure::null("the log function"))) };
     let least = match least {
         _ if least == iotlb_log_level::IOTLB_LOG_ERROR as u32 => Level::ERROR,
         _ if least == iotlb_log_level::IOTLB_LOG_WARN as u32 => Level::WARN,
         _ if least == iotlb_log_level::IOTLB_LOG_INFO as u32 => Level::INFO,
         _ if least == iotlb_log_level::IOTLB_LOG_DEBUG as u32 => Level::DEBUG,
-        _ => return Failure::level(least).told(),
+        _ => return told(Err(Failure::level(least))),
     };
-    match tracing::subscriber::set_global_default(Sink { function, context, least }) {
-        Ok(()) => IOTLB_OK,
-        Err(_) => Failure::of(IOTLB_REFUSED, &"lines of this program's library go somewhere already").told(),
-    }
+    let taken = tracing::subscriber::set_global_default(Sink { function, context, least });
+    told(taken.map_err(|_| Failure::of(IOTLB_REFUSED, &"the library's lines go somewhere already")))
 }
 
 impl Subscriber for Sink {

@@ -1,14 +1,15 @@
 //! Leased virtqueues.
 
 use std::ffi::{CStr, c_char, c_int};
+use std::mem::MaybeUninit;
 use std::os::fd::IntoRawFd;
 
-use iotlb_client::{Queue, QueueRecord};
+use iotlb_client::{Queue, QueueRecord, thread_pins};
 
 use crate::attachment::iotlb_attachment;
-use crate::handle::{array, array_mut, release};
-use crate::status::iotlb_status::IOTLB_OK;
-use crate::status::{Failure, iotlb_status};
+use crate::handle::{array, places, release};
+use crate::status::iotlb_status::IOTLB_FAILED;
+use crate::status::{Failure, iotlb_status, told};
 
 /// A queue that this worker serves, until it is released, the daemon takes it back, or the attachment is over.
 #[derive(Debug)]
@@ -46,8 +47,8 @@ impl From<QueueRecord> for iotlb_queue_record {
 /// Leases `count` queues, all of them or none: `claimed` has room for so many, in the order of `queues`. Give each back
 /// with iotlb_queue_release.
 ///
-/// IOTLB_OK, IOTLB_INVALID, IOTLB_REFUSED, IOTLB_TIMED_OUT, IOTLB_DAEMON_DEAD, IOTLB_REVOKED or IOTLB_FAILED;
-/// iotlb_last_error has the reason.
+/// IOTLB_OK, IOTLB_INVALID, IOTLB_PINNED, IOTLB_REFUSED, IOTLB_TIMED_OUT, IOTLB_DAEMON_DEAD, IOTLB_REVOKED or
+/// IOTLB_FAILED; iotlb_last_error has the reason.
 ///
 /// # Safety
 /// `attachment` is NULL or good; `queues` is good for `count` numbers, `claimed` for as many handles.
@@ -60,27 +61,33 @@ pub unsafe extern "C" fn iotlb_claim_queues(
     claimed: *mut *mut iotlb_queue,
 ) -> iotlb_status {
     // SAFETY: the caller's promise, for all of them.
-    let (attachment, queues, places) = unsafe {
-        let places = array_mut(claimed.cast::<std::mem::MaybeUninit<*mut iotlb_queue>>(), count);
-        (attachment.as_ref(), array(queues, count), places)
-    };
+    let (attachment, queues, places) = unsafe { (attachment.as_ref(), array(queues, count), places(claimed, count)) };
     places.iter_mut().for_each(|place| _ = place.write(std::ptr::null_mut()));
-    let Some(attachment) = attachment else { return Failure::null("the attachment").told() };
-    if queues.len() != count || places.len() != count {
-        return Failure::null("the array of queues").told();
-    }
-    match attachment.0.claim_queues(queues, timeout_ms) {
-        Ok(leased) => {
-            for (place, queue) in places.iter_mut().zip(leased) {
-                place.write(Box::into_raw(Box::new(iotlb_queue(queue))));
-            }
-            IOTLB_OK
-        }
-        Err(error) => Failure::from(error).told(),
-    }
+    told(claim(attachment, queues, timeout_ms, places, count))
 }
 
-/// Gives a queue back. The caller has stopped touching the ring.
+fn claim(
+    attachment: Option<&iotlb_attachment>,
+    queues: &[u16],
+    timeout_ms: u32,
+    places: &mut [MaybeUninit<*mut iotlb_queue>],
+    count: usize,
+) -> Result<(), Failure> {
+    let attachment = attachment.ok_or_else(|| Failure::null("the attachment"))?;
+    if queues.len() != count || places.len() != count {
+        return Err(Failure::null("an array of queues"));
+    }
+    if thread_pins::count() != 0 {
+        return Err(Failure::pinned());
+    }
+    let leased = attachment.inner.claim_queues(queues, timeout_ms)?;
+    for (place, queue) in places.iter_mut().zip(leased) {
+        place.write(Box::into_raw(Box::new(iotlb_queue(queue))));
+    }
+    Ok(())
+}
+
+/// Gives a queue back. The caller has stopped touching the ring. May wait for a moment, so not while pinned.
 ///
 /// # Safety
 /// `queue` is NULL, or was given by this library and not released since.
@@ -100,17 +107,31 @@ pub unsafe extern "C" fn iotlb_queue_index(queue: *const iotlb_queue) -> u16 {
     unsafe { queue.as_ref() }.map_or(0, |queue| queue.0.index())
 }
 
-/// A duplicate, the caller's to close, of the descriptor that becomes readable when the driver made buffers available.
-/// -1: the ring is not set up yet, is to be polled, or this process has no descriptor left. Ask again when
+/// A duplicate, the caller's to close, of the descriptor that becomes readable when the driver made buffers available,
+/// to `*kick`; -1 there when there is none: the ring is not set up yet, or is to be polled. Ask again when
 /// iotlb_queue_descriptors_generation has grown.
 ///
+/// IOTLB_OK, IOTLB_INVALID, or IOTLB_FAILED when this process has no descriptor left; iotlb_last_error has the reason.
+///
 /// # Safety
-/// `queue` is NULL or good.
+/// `queue` is NULL or good; `kick` is NULL or good to be written.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn iotlb_queue_kick_fd(queue: *const iotlb_queue) -> c_int {
+pub unsafe extern "C" fn iotlb_queue_kick_fd(queue: *const iotlb_queue, kick: *mut c_int) -> iotlb_status {
+    if kick.is_null() {
+        return told(Err(Failure::null("the place for the descriptor")));
+    }
     // SAFETY: the caller's promise.
-    let kick = unsafe { queue.as_ref() }.and_then(|queue| queue.0.kick());
-    kick.and_then(|kick| kick.try_clone().ok()).map_or(-1, IntoRawFd::into_raw_fd)
+    let duplicate = match unsafe { queue.as_ref() } {
+        None => Err(Failure::null("the queue")),
+        Some(queue) => match queue.0.kick().map(|kick| kick.try_clone()) {
+            None => Ok(-1),
+            Some(Ok(duplicate)) => Ok(duplicate.into_raw_fd()),
+            Some(Err(error)) => Err(Failure::of(IOTLB_FAILED, &format_args!("no duplicate of the kick: {error}"))),
+        },
+    };
+    // SAFETY: not null, and so the caller's promise holds.
+    unsafe { kick.write(*duplicate.as_ref().unwrap_or(&-1)) };
+    told(duplicate.map(|_| ()))
 }
 
 /// Grows whenever the queue's descriptors were replaced; 0 for NULL.

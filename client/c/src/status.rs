@@ -7,7 +7,7 @@ use std::ffi::{CString, c_char};
 use std::fmt::Display;
 
 use iotlb_client::reader::PinError;
-use iotlb_client::{Answer, AttachError, ClaimError, Fault, ReaderError, RequestError, ResolveError};
+use iotlb_client::{AddressError, Answer, AttachError, ClaimError, Fault, ReaderError, RequestError, ResolveError};
 
 /// What a call came to.
 #[repr(C)]
@@ -28,12 +28,12 @@ pub enum iotlb_status {
     IOTLB_TIMED_OUT = 5,
     /// The device is not running: no front-end, all rings stopped, or the session ended.
     IOTLB_STOPPED = 6,
-    /// There is no answer yet.
+    /// There is no answer yet, or was none in the time that was given: it may still come.
     IOTLB_PENDING = 7,
-    /// There is no room: in the array that was given, for another reader or request of this worker, or for another
+    /// There is no room: in the array that was given, for another reader, request or pin of this worker, or for another
     /// worker of the daemon.
     IOTLB_FULL = 8,
-    /// The calling thread holds a pin and must not wait.
+    /// The calling thread holds a pin, on this device or another, and must not wait.
     IOTLB_PINNED = 9,
     /// The reader is not pinned.
     IOTLB_NOT_PINNED = 10,
@@ -45,11 +45,16 @@ pub enum iotlb_status {
     IOTLB_REFUSED = 13,
     /// The system failed, or the daemon does not fit: iotlb_last_error has the reason.
     IOTLB_FAILED = 14,
+    /// Nobody listens at the control socket, or not yet: iotlb_last_error has the reason.
+    IOTLB_NO_DAEMON = 15,
+    /// The descriptor that stops an attach is readable.
+    IOTLB_INTERRUPTED = 16,
 }
 
 use iotlb_status::{
-    IOTLB_DAEMON_DEAD, IOTLB_DENIED, IOTLB_FAILED, IOTLB_FULL, IOTLB_INVALID, IOTLB_MISS, IOTLB_NOT_PINNED, IOTLB_OK,
-    IOTLB_PENDING, IOTLB_PINNED, IOTLB_REFUSED, IOTLB_REMAPPING, IOTLB_REVOKED, IOTLB_STOPPED, IOTLB_TIMED_OUT,
+    IOTLB_DAEMON_DEAD, IOTLB_DENIED, IOTLB_FAILED, IOTLB_FULL, IOTLB_INTERRUPTED, IOTLB_INVALID, IOTLB_MISS,
+    IOTLB_NO_DAEMON, IOTLB_NOT_PINNED, IOTLB_OK, IOTLB_PENDING, IOTLB_PINNED, IOTLB_REFUSED, IOTLB_REMAPPING,
+    IOTLB_REVOKED, IOTLB_STOPPED, IOTLB_TIMED_OUT,
 };
 
 /// What a status means, in a few words. The text is there for as long as the library is.
@@ -73,6 +78,8 @@ pub extern "C" fn iotlb_status_text(status: i32) -> *const c_char {
         _ if status == IOTLB_REVOKED as i32 => c"the daemon revoked this worker's access: attach anew",
         _ if status == IOTLB_REFUSED as i32 => c"refused",
         _ if status == IOTLB_FAILED as i32 => c"failed",
+        _ if status == IOTLB_NO_DAEMON as i32 => c"nobody listens there",
+        _ if status == IOTLB_INTERRUPTED as i32 => c"stopped by the caller",
         _ => c"no status of this library",
     };
     text.as_ptr()
@@ -112,19 +119,14 @@ impl Failure {
         Failure::of(IOTLB_INVALID, &format_args!("{what} is not UTF-8"))
     }
 
-    /// An access that the header does not know.
-    pub(crate) fn access(bits: u32) -> Failure {
-        Failure::of(IOTLB_INVALID, &format_args!("{bits:#x} is no access: use IOTLB_READ, IOTLB_WRITE or both"))
-    }
-
     /// A log level that the header does not know.
     pub(crate) fn level(level: u32) -> Failure {
         Failure::of(IOTLB_INVALID, &format_args!("{level} is no log level: use one of iotlb_log_level"))
     }
 
-    /// Something that is not done while pinned.
+    /// Something that may wait, and is not done while the thread is pinned.
     pub(crate) fn pinned() -> Failure {
-        Failure::of(IOTLB_PINNED, &"the reader is pinned: unpin first")
+        Failure::of(IOTLB_PINNED, &"this thread holds a pin: unpin first")
     }
 
     /// A descriptor that is none.
@@ -133,7 +135,7 @@ impl Failure {
     }
 
     /// Keeps the reason for [`iotlb_last_error`].
-    pub(crate) fn told(self) -> iotlb_status {
+    fn told(self) -> iotlb_status {
         // No reason has a NUL, but for what a caller's text may have had, which cannot.
         let text = CString::new(self.reason.replace('\0', " ")).unwrap_or_default();
         // An Err: as there.
@@ -142,11 +144,21 @@ impl Failure {
     }
 }
 
+/// What C hears of it.
+pub(crate) fn told(result: Result<(), Failure>) -> iotlb_status {
+    result.map_or_else(Failure::told, |()| IOTLB_OK)
+}
+
 impl From<AttachError> for Failure {
     fn from(error: AttachError) -> Failure {
         let status = match error {
             AttachError::NameTooLong { .. } => IOTLB_INVALID,
-            AttachError::TimedOut { .. } => IOTLB_TIMED_OUT,
+            AttachError::TimedOut { .. } | AttachError::Address(AddressError::ConnectTimedOut { .. }) => {
+                IOTLB_TIMED_OUT
+            }
+            AttachError::Address(AddressError::Connect { .. }) => IOTLB_NO_DAEMON,
+            AttachError::Address(AddressError::PathTooLong { .. } | AddressError::PathInvalid { .. }) => IOTLB_INVALID,
+            AttachError::Interrupted => IOTLB_INTERRUPTED,
             AttachError::Full => IOTLB_FULL,
             AttachError::NoSuchDevice { .. }
             | AttachError::PidfdRefused
@@ -184,18 +196,6 @@ impl From<ClaimError> for Failure {
     }
 }
 
-impl From<RequestError> for Failure {
-    fn from(error: RequestError) -> Failure {
-        let status = match error {
-            RequestError::Full => IOTLB_FULL,
-            RequestError::Invalid => IOTLB_INVALID,
-            RequestError::DaemonDead => IOTLB_DAEMON_DEAD,
-            RequestError::Revoked => IOTLB_REVOKED,
-        };
-        Failure::of(status, &error)
-    }
-}
-
 // Of what goes wrong again and again, the status alone has to do.
 
 impl From<PinError> for iotlb_status {
@@ -203,6 +203,17 @@ impl From<PinError> for iotlb_status {
         match error {
             PinError::DaemonDead => IOTLB_DAEMON_DEAD,
             PinError::Revoked => IOTLB_REVOKED,
+        }
+    }
+}
+
+impl From<RequestError> for iotlb_status {
+    fn from(error: RequestError) -> iotlb_status {
+        match error {
+            RequestError::Full => IOTLB_FULL,
+            RequestError::Invalid => IOTLB_INVALID,
+            RequestError::DaemonDead => IOTLB_DAEMON_DEAD,
+            RequestError::Revoked => IOTLB_REVOKED,
         }
     }
 }
@@ -251,11 +262,11 @@ mod tests {
     fn every_status_has_a_text_of_its_own_and_others_have_one_too() {
         // SAFETY: the texts are constants.
         let text = |status: i32| unsafe { CStr::from_ptr(iotlb_status_text(status)) };
-        let texts: Vec<&CStr> = (0..=IOTLB_FAILED as i32).map(text).collect();
+        let texts: Vec<&CStr> = (0..=IOTLB_INTERRUPTED as i32).map(text).collect();
         for (at, one) in texts.iter().enumerate() {
             assert!(!texts[..at].contains(one) && *one != text(-1), "{one:?}");
         }
-        assert_eq!(text(IOTLB_FAILED as i32 + 1), text(-1));
+        assert_eq!(text(IOTLB_INTERRUPTED as i32 + 1), text(-1));
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! What may be done under a pin.
 
 use std::ffi::c_void;
-use std::mem::MaybeUninit;
 
-use iotlb_client::{Fault, Guard, Segment};
+use iotlb_client::{Access, Fault, Guard, Segment};
+use vm_memory::VolatileSlice;
 
 use crate::access::access_of;
-use crate::handle::{array, array_mut};
+use crate::handle::{array, places};
 use crate::queue::iotlb_queue_record;
 use crate::reader::iotlb_reader;
 use crate::status::iotlb_status;
@@ -67,29 +67,35 @@ pub unsafe extern "C" fn iotlb_translate(
     count: *mut usize,
     fault: *mut iotlb_fault,
 ) -> iotlb_status {
-    // SAFETY: the caller's promise, for all of them.
-    let (reader, count) = unsafe { (reader.as_ref(), count.as_mut()) };
-    let Some(count) = count else { return IOTLB_INVALID };
-    *count = 0;
-    let (Some(reader), Some(access)) = (reader, access_of(access)) else { return IOTLB_INVALID };
-    let Some(guard) = reader.guard() else { return IOTLB_NOT_PINNED };
-    let pieces = match guard.translate(iova, length, access) {
-        Ok(pieces) => pieces,
-        // SAFETY: the caller's promise.
-        Err(found) => return unsafe { tell(fault, found) },
-    };
-    // SAFETY: the caller's promise.
-    let mut room = unsafe { array_mut(segments.cast::<MaybeUninit<iotlb_segment>>(), capacity) }.iter_mut();
-    let mut status = IOTLB_OK;
-    for piece in pieces {
-        *count += 1;
-        match room.next() {
-            Some(place) => {
-                place.write(iotlb_segment { address: piece.as_ptr().cast(), length: piece.len() });
-            }
-            None => status = IOTLB_FULL,
-        }
+    if count.is_null() {
+        return IOTLB_INVALID;
     }
+    // SAFETY: the caller's promise, for all of them.
+    let (reader, segments) = unsafe { (reader.as_ref(), places(segments, capacity)) };
+    let (mut pieces, mut room) = (0, segments.iter_mut());
+    let status = match (reader.map(iotlb_reader::guard), access_of(access)) {
+        (None, _) | (_, None) => IOTLB_INVALID,
+        (Some(None), _) => IOTLB_NOT_PINNED,
+        (Some(Some(guard)), Some(access)) => match guard.translate(iova, length, access) {
+            // SAFETY: the caller's promise.
+            Err(found) => unsafe { tell(fault, found) },
+            Ok(found) => {
+                let mut status = IOTLB_OK;
+                for piece in found {
+                    pieces += 1;
+                    match room.next() {
+                        Some(place) => {
+                            place.write(iotlb_segment { address: piece.as_ptr().cast(), length: piece.len() });
+                        }
+                        None => status = IOTLB_FULL,
+                    }
+                }
+                status
+            }
+        },
+    };
+    // SAFETY: not null, and so the caller's promise holds.
+    unsafe { count.write(pieces) };
     status
 }
 
@@ -128,7 +134,7 @@ pub unsafe extern "C" fn iotlb_translate_burst(
     // SAFETY: the caller's promise, for all of them.
     let (guard, ranges, addresses) = unsafe {
         let guard = reader.as_ref().and_then(|reader| reader.guard());
-        (guard, array(ranges, count), array_mut(addresses.cast::<MaybeUninit<*mut c_void>>(), count))
+        (guard, array(ranges, count), places(addresses, count))
     };
     let (Some(guard), Some(access)) = (guard, access_of(access)) else {
         addresses.iter_mut().for_each(|place| _ = place.write(std::ptr::null_mut()));
@@ -148,11 +154,12 @@ pub unsafe extern "C" fn iotlb_translate_burst(
     found
 }
 
-/// Copies `length` bytes from `iova` on to `buffer`. Nothing is copied when there is a fault; see iotlb_translate.
+/// Copies `length` bytes from `iova` on to `buffer`. Nothing is copied when there is a fault; see iotlb_translate. The
+/// guest may write meanwhile, so its bytes can be a mixture.
 ///
 /// # Safety
-/// `reader` is NULL, or good and no other thread's; `buffer` is good for `length` bytes, and is not the guest's;
-/// `fault` is NULL or good to be written.
+/// `reader` is NULL, or good and no other thread's; `buffer` is good for `length` bytes; `fault` is NULL or good to be
+/// written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn iotlb_copy_from(
     reader: *const iotlb_reader,
@@ -161,15 +168,9 @@ pub unsafe extern "C" fn iotlb_copy_from(
     length: usize,
     fault: *mut iotlb_fault,
 ) -> iotlb_status {
-    // SAFETY: the caller's promise, for all of them. Bytes that were not written yet are not read.
-    let (reader, buffer) = unsafe { (reader.as_ref(), array_mut(buffer.cast::<u8>(), length)) };
-    let Some(reader) = reader.filter(|_| buffer.len() == length) else { return IOTLB_INVALID };
-    let Some(guard) = reader.guard() else { return IOTLB_NOT_PINNED };
-    match guard.read(iova, buffer) {
-        Ok(()) => IOTLB_OK,
-        // SAFETY: the caller's promise.
-        Err(found) => unsafe { tell(fault, found) },
-    }
+    let from_guest = |guest: VolatileSlice<'_>, ours: VolatileSlice<'_>| guest.copy_to_volatile_slice(ours);
+    // SAFETY: the caller's promise, for all of them.
+    unsafe { copy(reader, (iova, Access::READ), (buffer, length), fault, from_guest) }
 }
 
 /// Copies `length` bytes from `buffer` to `iova` and on. Nothing is copied when there is a fault; see iotlb_translate.
@@ -184,19 +185,50 @@ pub unsafe extern "C" fn iotlb_copy_to(
     length: usize,
     fault: *mut iotlb_fault,
 ) -> iotlb_status {
-    // SAFETY: the caller's promise, for all of them.
-    let (reader, buffer) = unsafe { (reader.as_ref(), array(buffer.cast::<u8>(), length)) };
-    let Some(reader) = reader.filter(|_| buffer.len() == length) else { return IOTLB_INVALID };
+    let to_guest = |guest: VolatileSlice<'_>, ours: VolatileSlice<'_>| ours.copy_to_volatile_slice(guest);
+    // SAFETY: the caller's promise, for all of them. The buffer is only read.
+    unsafe { copy(reader, (iova, Access::WRITE), (buffer.cast_mut(), length), fault, to_guest) }
+}
+
+/// Both copies. What C has in its buffer, or has not, is nothing that Rust may have a reference to; and it may be the
+/// guest's memory itself.
+///
+/// # Safety
+/// As iotlb_copy_from, but for what `one` does with a piece of the buffer.
+unsafe fn copy(
+    reader: *const iotlb_reader,
+    (iova, access): (u64, Access),
+    (buffer, length): (*mut c_void, usize),
+    fault: *mut iotlb_fault,
+    one: impl Fn(VolatileSlice<'_>, VolatileSlice<'_>),
+) -> iotlb_status {
+    // SAFETY: the caller's promise.
+    let Some(reader) = (unsafe { reader.as_ref() }) else { return IOTLB_INVALID };
     let Some(guard) = reader.guard() else { return IOTLB_NOT_PINNED };
-    match guard.write(iova, buffer) {
-        Ok(()) => IOTLB_OK,
-        // SAFETY: the caller's promise.
-        Err(found) => unsafe { tell(fault, found) },
+    if length == 0 {
+        return IOTLB_OK;
     }
+    if buffer.is_null() {
+        return IOTLB_INVALID;
+    }
+    let pieces = match guard.translate(iova, length as u64, access) {
+        Ok(pieces) => pieces,
+        // SAFETY: the caller's promise.
+        Err(found) => return unsafe { tell(fault, found) },
+    };
+    let mut at = 0;
+    for piece in pieces {
+        // SAFETY: the pieces are `length` bytes together, and so many the buffer is good for by the caller's promise.
+        let ours = unsafe { VolatileSlice::new(buffer.cast::<u8>().add(at), piece.len()) };
+        one(piece.volatile(), ours);
+        at += piece.len();
+    }
+    IOTLB_OK
 }
 
 /// Grows with every translation that was taken away. An address that is kept across pins is void when it changed, and
-/// with its attachment. 0 when the reader is not pinned.
+/// with its attachment. Ask *before* the translation that yields the address, and the same reader. 0 when the reader is
+/// not pinned.
 ///
 /// # Safety
 /// `reader` is NULL, or good and no other thread's.
@@ -258,16 +290,13 @@ pub unsafe extern "C" fn iotlb_get_queue_record(
     queue: u16,
     record: *mut iotlb_queue_record,
 ) -> iotlb_status {
-    // SAFETY: the caller's promise, for both.
-    let (Some(reader), Some(record)) = (unsafe { (reader.as_ref(), record.as_mut()) }) else { return IOTLB_INVALID };
+    // SAFETY: the caller's promise.
+    let Some(reader) = (unsafe { reader.as_ref() }) else { return IOTLB_INVALID };
     let Some(guard) = reader.guard() else { return IOTLB_NOT_PINNED };
-    match guard.queue_record(queue) {
-        Some(found) => {
-            *record = found.into();
-            IOTLB_OK
-        }
-        None => IOTLB_INVALID,
-    }
+    let Some(found) = guard.queue_record(queue).filter(|_| !record.is_null()) else { return IOTLB_INVALID };
+    // SAFETY: not null, and so the caller's promise holds.
+    unsafe { record.write(found.into()) };
+    IOTLB_OK
 }
 
 fn address(piece: Option<Segment<'_>>) -> *mut c_void {

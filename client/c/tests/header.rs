@@ -32,6 +32,9 @@ fn numbers_that_the_header_names_are_those_of_the_layout() {
     assert_eq!((CELL_PAGES_MAX, SLOT_CAPACITY, NAME_MAX), (17, 64, 64));
     assert!(header.contains("at most 17 pages") && header.contains("all 64 of this worker"));
     assert_eq!(header.matches("at most 64 bytes").count(), 2);
+    let version =
+        env!("CARGO_PKG_VERSION").split('.').fold(0, |sum, part| 100 * sum + part.parse::<u32>().expect("a number"));
+    assert!(header.contains(&format!("#define IOTLB_VERSION {version}\n")), "{version}");
 }
 
 /// Leaves the `# Safety` sections out: what they ask of a caller is said once, at the top of the header.

@@ -3,10 +3,14 @@
  * Ends with status 1 at the first thing that is not as it should be, and says where.
  */
 #include <poll.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "iotlb.h"
@@ -38,6 +42,70 @@ static bool readable(int fd, int timeout_ms)
 	return poll(&entry, 1, timeout_ms) == 1;
 }
 
+/* A worker that comes over a socket of the program's own, with more readers than there are, and goes. */
+static void by_hand(const char *path)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	iotlb_attach_options options = { .label = "by hand" };
+	iotlb_attachment *device;
+	iotlb_reader *readers[65];
+	int ends[2];
+
+	/* Whoever asked to be stopped is not attached. */
+	CHECK(pipe(ends) == 0 && write(ends[1], "x", 1) == 1);
+	IS(IOTLB_INTERRUPTED, iotlb_attach_unless(ends[0], path, &options, &device));
+	CHECK(device == NULL);
+	close(ends[0]);
+	close(ends[1]);
+
+	int socket_fd = socket(AF_UNIX, SOCK_SEQPACKET, 0);
+	strncpy(address.sun_path, path, sizeof(address.sun_path) - 1);
+	CHECK(socket_fd >= 0 && connect(socket_fd, (struct sockaddr *)&address, sizeof(address)) == 0);
+	IS(IOTLB_OK, iotlb_attach_socket(socket_fd, &options, &device));
+	for (int n = 0; n < 64; n++)
+		IS(IOTLB_OK, iotlb_reader_new(device, &readers[n]));
+	IS(IOTLB_FULL, iotlb_reader_new(device, &readers[64]));
+	CHECK(readers[64] == NULL && strcmp(iotlb_device(device), "net0") == 0);
+	/* A pin of one reader keeps the thread from waiting by another, and from being held up by a claim. */
+	iotlb_queue *queue;
+	const uint16_t zero = 0;
+	IS(IOTLB_OK, iotlb_pin(readers[0]));
+	IS(IOTLB_PINNED, iotlb_resolve(readers[1], 0x1000, 1, IOTLB_READ, 0));
+	IS(IOTLB_PINNED, iotlb_wait_mapped(readers[1], 0));
+	IS(IOTLB_PINNED, iotlb_claim_queues(device, &zero, 1, PATIENCE_MS, &queue));
+	iotlb_unpin(readers[0]);
+	iotlb_detach(device);
+	for (int n = 0; n < 64; n++) {
+		iotlb_flush_counters(readers[n]);
+		iotlb_reader_free(readers[n]);
+	}
+}
+
+/* A child may release what its parent has, even what another thread had pinned; it does not end the parent's. */
+static void *released_by_a_child(void *argument)
+{
+	iotlb_reader *reader = argument;
+	int status;
+	pid_t child = fork();
+
+	if (child == 0) {
+		iotlb_reader_free(reader);
+		_exit(0);
+	}
+	CHECK(child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+	return NULL;
+}
+
+static void children(iotlb_reader *reader)
+{
+	pthread_t thread;
+
+	IS(IOTLB_OK, iotlb_pin(reader));
+	CHECK(pthread_create(&thread, NULL, released_by_a_child, reader) == 0 && pthread_join(thread, NULL) == 0);
+	CHECK(iotlb_translate_one(reader, 0x10000, 1, IOTLB_READ) != NULL);
+	iotlb_unpin(reader);
+}
+
 /* What must do nothing, and say so. */
 static void nothing_is_refused(void)
 {
@@ -56,8 +124,10 @@ static void nothing_is_refused(void)
 	IS(IOTLB_INVALID, iotlb_attach("/nowhere", NULL, NULL));
 	IS(IOTLB_INVALID, iotlb_attach_socket(-1, NULL, &device));
 	IS(IOTLB_INVALID, iotlb_attach_socket(100000, NULL, &device));
-	IS(IOTLB_FAILED, iotlb_attach("/nowhere", NULL, &device));
+	IS(IOTLB_NO_DAEMON, iotlb_attach("/nowhere", NULL, &device));
 	CHECK(strstr(iotlb_last_error(), "/nowhere") != NULL);
+	IS(IOTLB_INVALID, iotlb_attach("", NULL, &device));
+	IS(IOTLB_INVALID, iotlb_attach_unless(-1, "/nowhere", NULL, &device));
 	IS(IOTLB_INVALID, iotlb_attach("/nowhere", &(iotlb_attach_options){ .label = "\xff" }, &device));
 	IS(IOTLB_INVALID, iotlb_reader_new(NULL, &reader));
 	CHECK(reader == NULL);
@@ -75,16 +145,24 @@ static void nothing_is_refused(void)
 	IS(IOTLB_INVALID, iotlb_wait_mapped(NULL, 0));
 	IS(IOTLB_INVALID, iotlb_request_new(NULL, 0, 1, IOTLB_READ, &request));
 	CHECK(request == NULL);
+	count = 7;
+	IS(IOTLB_INVALID, iotlb_request_all(NULL, &range, 1, IOTLB_READ, &request, &count));
+	CHECK(count == 0);
 	IS(IOTLB_INVALID, iotlb_request_poll(NULL, NULL));
 	IS(IOTLB_INVALID, iotlb_request_wait(NULL, NULL, 0));
 	IS(IOTLB_INVALID, iotlb_get_queue_record(NULL, 0, &record));
 	CHECK(!iotlb_alive(NULL) && iotlb_events_fd(NULL) == -1 && iotlb_queue_count(NULL) == 0);
 	CHECK(iotlb_worker_id(NULL) == 0 && !iotlb_running(NULL) && iotlb_acked_features(NULL) == 0);
-	CHECK(iotlb_queue_kick_fd(NULL) == -1 && !iotlb_queue_signal_call(NULL) && !iotlb_queue_held(NULL));
+	CHECK(!iotlb_queue_signal_call(NULL) && !iotlb_queue_held(NULL) && iotlb_device(NULL)[0] == '\0');
+	int kick = 7;
+	IS(IOTLB_INVALID, iotlb_queue_kick_fd(NULL, &kick));
+	CHECK(kick == -1);
+	IS(IOTLB_INVALID, iotlb_queue_kick_fd(NULL, NULL));
 	CHECK(iotlb_queue_index(NULL) == 0 && iotlb_queue_descriptors_generation(NULL) == 0);
 	iotlb_queue_signal_error(NULL, NULL);
 	iotlb_queue_set_progress(NULL, 0);
 	iotlb_clear_events(NULL);
+	iotlb_flush_counters(NULL);
 	iotlb_queue_release(NULL);
 	iotlb_request_free(NULL);
 	iotlb_reader_free(NULL);
@@ -161,10 +239,11 @@ static void translations(iotlb_reader *reader)
 	IS(IOTLB_NOT_PINNED, iotlb_translate(reader, 0x10000, 8, IOTLB_READ, segments, 2, &count, NULL));
 }
 
-/* The daemon maps 0x30000 when it is asked for, then 0x31000, and denies 0x32000. */
+/* The daemon maps 0x30000 and 0x31000 when it is asked for them, says nothing of 0x33000, and denies 0x32000. */
 static void misses(iotlb_reader *reader)
 {
-	iotlb_request *request;
+	iotlb_request *request, *both[2];
+	size_t posted;
 
 	IS(IOTLB_INVALID, iotlb_resolve(reader, 0x30000, 1, 0, PATIENCE_MS));
 	IS(IOTLB_OK, iotlb_resolve(reader, 0x30000, 8, IOTLB_READ, PATIENCE_MS));
@@ -174,12 +253,25 @@ static void misses(iotlb_reader *reader)
 	IS(IOTLB_OK, iotlb_request_wait(reader, request, PATIENCE_MS));
 	IS(IOTLB_OK, iotlb_request_poll(reader, request));
 	iotlb_request_free(request);
-	IS(IOTLB_OK, iotlb_request_new(reader, 0x32000, 8, IOTLB_READ, &request));
-	iotlb_status status;
-	while ((status = iotlb_request_poll(reader, request)) == IOTLB_PENDING)
-		usleep(1000);
-	CHECK(status == IOTLB_DENIED);
+	/* A wait that ends is not the request's end. */
+	IS(IOTLB_OK, iotlb_request_new(reader, 0x33000, 8, IOTLB_READ, &request));
+	IS(IOTLB_PENDING, iotlb_request_wait(reader, request, 1));
+	IS(IOTLB_PENDING, iotlb_request_poll(reader, request));
 	iotlb_request_free(request);
+	const iotlb_range ranges[2] = { { 0x30000, PAGE }, { 0x32000, 8 } }, wrong[2] = { { 0x30000, PAGE }, { 0, 0 } };
+	IS(IOTLB_INVALID, iotlb_request_all(reader, wrong, 2, IOTLB_READ, both, &posted));
+	CHECK(posted == 0 && both[0] == NULL && both[1] == NULL);
+	IS(IOTLB_OK, iotlb_request_all(reader, ranges, 2, IOTLB_READ, both, &posted));
+	CHECK(posted == 2);
+	IS(IOTLB_OK, iotlb_request_wait(reader, both[0], PATIENCE_MS));
+	iotlb_status status = IOTLB_PENDING;
+	for (unsigned waited_ms = 0; status == IOTLB_PENDING && waited_ms < PATIENCE_MS; waited_ms++) {
+		status = iotlb_request_poll(reader, both[1]);
+		usleep(1000);
+	}
+	CHECK(status == IOTLB_DENIED);
+	iotlb_request_free(both[1]);
+	iotlb_request_free(both[0]);
 	IS(IOTLB_OK, iotlb_pin(reader));
 	CHECK(iotlb_translate_one(reader, 0x30ff8, 8, IOTLB_READ) != NULL);
 	CHECK(iotlb_translate_one(reader, 0x31000, 8, IOTLB_READ) != NULL);
@@ -212,11 +304,13 @@ static void queues(iotlb_attachment *device, iotlb_reader *reader)
 	IS(IOTLB_OK, iotlb_claim_queues(device, wanted, 2, PATIENCE_MS, queue));
 	CHECK(iotlb_queue_index(queue[0]) == 1 && iotlb_queue_index(queue[1]) == 0);
 	CHECK(iotlb_queue_held(queue[0]) && iotlb_queue_descriptors_generation(queue[0]) > 0);
-	int kick = iotlb_queue_kick_fd(queue[0]);
+	int kick;
+	IS(IOTLB_OK, iotlb_queue_kick_fd(queue[0], &kick));
 	CHECK(kick >= 0 && readable(kick, PATIENCE_MS));
 	close(kick);
 	/* Queue 0 has no kick: it is to be polled. */
-	CHECK(iotlb_queue_kick_fd(queue[1]) == -1);
+	IS(IOTLB_OK, iotlb_queue_kick_fd(queue[1], &kick));
+	CHECK(kick == -1);
 	CHECK(iotlb_queue_signal_call(queue[0]) && !iotlb_queue_signal_call(queue[1]));
 	iotlb_queue_set_progress(queue[0], 0x8001);
 	iotlb_queue_signal_error(queue[0], "broken \xff");
@@ -226,15 +320,16 @@ static void queues(iotlb_attachment *device, iotlb_reader *reader)
 
 int main(int argc, char **argv)
 {
-	iotlb_attachment *device, *early;
-	iotlb_reader *reader;
+	iotlb_attachment *device;
+	iotlb_reader *reader, *late;
 
-	(void)argc;
+	CHECK(argc == 2 && iotlb_version() == IOTLB_VERSION);
 	nothing_is_refused();
 	IS(IOTLB_OK, iotlb_set_log(count_lines, "context", IOTLB_LOG_WARN));
 	IS(IOTLB_REFUSED, iotlb_set_log(count_lines, "context", IOTLB_LOG_WARN));
 	CHECK(strcmp(iotlb_status_text(IOTLB_OK), "done") == 0 && iotlb_status_text(-1)[0] != '\0');
 
+	by_hand(argv[1]);
 	IS(IOTLB_OK, iotlb_attach(argv[1], &(iotlb_attach_options){ .label = "whole" }, &device));
 	CHECK(iotlb_alive(device) && iotlb_queue_count(device) == 4 && iotlb_worker_id(device) == 7);
 	IS(IOTLB_OK, iotlb_reader_new(device, &reader));
@@ -246,10 +341,13 @@ int main(int argc, char **argv)
 		iotlb_unpin(reader);
 	}
 	translations(reader);
+	children(reader);
 	misses(reader);
 	queues(device, reader);
 
-	/* The daemon takes everything away now. */
+	/* The daemon takes everything away now, and answers nothing any more. */
+	iotlb_request *pending;
+	IS(IOTLB_OK, iotlb_request_new(reader, 0x33000, 8, IOTLB_READ, &pending));
 	int events = iotlb_events_fd(device);
 	iotlb_status status;
 	iotlb_clear_events(device);
@@ -263,7 +361,12 @@ int main(int argc, char **argv)
 		usleep(1000);
 	}
 	CHECK((status = iotlb_pin(reader)) == IOTLB_REVOKED && iotlb_status_text(status)[0] != '\0');
-	IS(IOTLB_REVOKED, iotlb_reader_new(device, (iotlb_reader **)&early));
+	IS(IOTLB_REVOKED, iotlb_reader_new(device, &late));
+	IS(IOTLB_REVOKED, iotlb_wait_mapped(reader, 1));
+	iotlb_request *none_left;
+	IS(IOTLB_REVOKED, iotlb_request_new(reader, 0x33000, 8, IOTLB_READ, &none_left));
+	IS(IOTLB_REVOKED, iotlb_request_poll(reader, pending));
+	iotlb_request_free(pending);
 	IS(IOTLB_REVOKED, iotlb_resolve(reader, 0x10000, 1, IOTLB_READ, PATIENCE_MS));
 	/* In whatever order. */
 	iotlb_detach(device);
