@@ -89,6 +89,28 @@ impl Bells {
         Bells { kick: eventfd(), call: eventfd(), err: eventfd() }
     }
 
+    /// With a kick descriptor that is none: nobody can wait for it. Others of no inode of their own are not to be had
+    /// without a right, or not on every system.
+    fn that_nobody_hears() -> Bells {
+        use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+        let new = || Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("an epoll set");
+        let mut kick = new();
+        // So many may watch each other, and one more may not.
+        for depth in 0.. {
+            let around = new();
+            match around.add(&kick.0, EpollEvent::new(EpollFlags::EPOLLIN, 0)) {
+                // A set that is closed is not watched any more, so each stays open.
+                Ok(()) => std::mem::forget(std::mem::replace(&mut kick, around)),
+                Err(error) => {
+                    assert_eq!(error, Errno::ELOOP);
+                    break;
+                }
+            }
+            assert!(depth < 100, "no end to epoll sets in epoll sets");
+        }
+        Bells { kick: kick.0, ..Bells::new() }
+    }
+
     fn fds(&self) -> [BorrowedFd<'_>; 3] {
         [self.kick.as_fd(), self.call.as_fd(), self.err.as_fd()]
     }
@@ -116,6 +138,10 @@ impl Stage {
 
     /// Plays the daemon until the worker has its queues; the guest's rings are up, and nothing is in the IOTLB.
     fn attach_part(socket: &Socket, memory: Memory, wanted: &[u16]) -> Stage {
+        Stage::attach_with(socket, memory, wanted, [Bells::new(), Bells::new()])
+    }
+
+    fn attach_with(socket: &Socket, memory: Memory, wanted: &[u16], bells: [Bells; 2]) -> Stage {
         let mut daemon = Daemon::new();
         let pages = guest_pages();
         assert!(wait_readable(socket.listener.as_fd(), PATIENCE), "no worker came");
@@ -125,7 +151,6 @@ impl Stage {
         assert!(matches!(daemon.receive().0, WorkerMessage::Hello(_)));
         daemon.send(&DaemonMessage::Welcome(daemon.welcome()), &daemon.welcome_fds());
         daemon.add_region(1, 0, &memory);
-        let bells = [Bells::new(), Bells::new()];
         let mut stage = Stage { daemon, memory, bells, pages, avail: [0; 2], session: 0 };
         stage.start_rings();
         stage.serve_misses();
@@ -419,6 +444,22 @@ fn a_denied_buffer_costs_its_chain_and_is_reported() {
     assert_eq!((stage.used(1, 0), stage.used_index(1)), ((0, 0), 2));
     let WorkerMessage::QueueError { queue: 1, reason } = stage.daemon.receive().0 else { panic!("no report") };
     assert!(reason.contains("0xdeadbeef0000"), "{reason}");
+    terminate(worker);
+}
+
+#[test]
+fn a_ring_whose_kick_nobody_can_wait_for_is_polled() {
+    let socket = Socket::new();
+    let worker = socket.worker(&["--queues", "0,1", "--echo"]);
+    let bells = [Bells::new(), Bells::that_nobody_hears()];
+    let mut stage = Stage::attach_with(&socket, Memory::new(PAGES * PAGE_SIZE), &[0, 1], bells);
+    let WorkerMessage::QueueError { queue: 1, reason } = stage.daemon.receive().0 else { panic!("no report") };
+    assert!(reason.contains("kick"), "{reason}");
+    stage.post_receive_buffers(10);
+    for count in 1..=2 {
+        stage.send(&fragment(0, &ping(b"unheard")));
+        stage.wait_received(count);
+    }
     terminate(worker);
 }
 

@@ -198,6 +198,12 @@ impl Lane {
         }
     }
 
+    /// Nobody can wait for the kick descriptor: the ring is looked at as one without.
+    pub fn poll(&mut self, reason: &str) {
+        self.kick = None;
+        self.report(&format!("its kick descriptor cannot be waited for, so the ring is polled: {reason}"));
+    }
+
     /// Pins and lets `work` loose on the ring; then, unpinned, asks for what it missed. Waits for no answer,
     /// but for a moment for a new memory map.
     ///

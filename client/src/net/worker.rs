@@ -205,8 +205,10 @@ fn attach_and_serve(options: &Options, signals: &Signals, pairs: &mut BTreeMap<u
         if refresh || came.attachment {
             for lane in pairs.values_mut().flat_map(Pair::lanes) {
                 let index = lane.index();
-                if let Some((old, new)) = lane.refresh().map_err(PairError::Lost)? {
-                    events.replace_kick(index, old.as_deref(), new.as_deref())?;
+                if let Some((old, new)) = lane.refresh().map_err(PairError::Lost)?
+                    && let Err(error) = events.replace_kick(index, old.as_deref(), new.as_deref())
+                {
+                    lane.poll(&error.to_string());
                 }
             }
         }
@@ -269,14 +271,15 @@ impl Events {
         Ok(Events { epoll })
     }
 
-    fn replace_kick(&self, queue: u16, old: Option<&OwnedFd>, new: Option<&OwnedFd>) -> Result<(), WorkerError> {
+    /// Waits for another kick descriptor. One that cannot be waited for is a mistake of the front-end's, for one ring.
+    fn replace_kick(&self, queue: u16, old: Option<&OwnedFd>, new: Option<&OwnedFd>) -> Result<(), Errno> {
         if let Some(old) = old {
-            // Not there when it could not be added; that was reported then.
+            // What would still come of it is a look in vain.
             let _ = self.epoll.delete(old);
         }
         if let Some(new) = new {
             let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, TOKEN_KICK | u64::from(queue));
-            self.epoll.add(new, event).map_err(system("epoll_ctl on a kick descriptor"))?;
+            self.epoll.add(new, event)?;
             tracing::debug!(queue, fd = new.as_raw_fd(), "new kick descriptor");
         }
         Ok(())
