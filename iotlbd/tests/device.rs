@@ -417,6 +417,35 @@ fn without_a_translation_the_base_is_what_the_worker_said() {
 }
 
 #[test]
+fn who_leaves_a_queue_leaves_word_how_far_it_got() {
+    let base =
+        |bench: &Bench| bench.device.table().memory().queues()[0].base.load(iotlb_proto::sync::Ordering::Relaxed);
+    let (mut bench, fd) = bench();
+    bench.start_ring(0, DESC, AVAIL, USED);
+    bench.device.note_progress(0, 55);
+    bench.device.owner_left(0);
+    assert_eq!(base(&bench), 0, "where no used ring was found nobody has done anything: it speaks of another run");
+    assert_eq!(bench.update(AVAIL, 4096, USER + 0x2000, RW), 0);
+    assert_eq!(rustix::io::pwrite(&fd, &7u16.to_le_bytes(), 0x2242), Ok(2));
+    assert_eq!(bench.invalidate(0, 0), 0);
+    bench.device.note_progress(0, 5);
+    bench.device.owner_left(0);
+    assert_eq!(base(&bench), 7, "what the used ring says counts");
+    // It cannot be read any more.
+    rustix::fs::ftruncate(&fd, 0x1000).expect("shorter");
+    bench.device.owner_left(0);
+    assert_eq!(base(&bench), 7, "nobody came any further");
+    bench.device.note_progress(0, 9);
+    bench.device.owner_left(0);
+    assert_eq!(base(&bench), 9);
+    let reply = bench.request(Request::GetVringBase { index: 0 }, false);
+    assert_eq!(reply, [ReplyPayload::VringState { index: 0, num: 9 }]);
+    bench.device.owner_left(0);
+    assert_eq!(base(&bench), 0, "it is stopped");
+    bench.device.owner_left(9);
+}
+
+#[test]
 fn the_base_survives_a_reset() {
     let (mut bench, fd) = started();
     assert_eq!(rustix::io::pwrite(&fd, &9u16.to_le_bytes(), 0x2242), Ok(2));

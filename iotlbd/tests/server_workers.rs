@@ -9,11 +9,17 @@ use std::time::{Duration, Instant};
 use iotlb_client::{AttachOptions, Attachment};
 use iotlb_proto::control::message::CONTROL_VERSION;
 use iotlb_proto::control::{self, DaemonMessage, Hello, Refusal, WorkerMessage};
+use iotlb_proto::iova::PAGE_SIZE;
+use iotlb_proto::layout::worker::PROGRESS_VALID;
 use iotlb_proto::socket::{PacketError, PacketListener, PacketSocket};
+use iotlb_proto::sync::Ordering;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use server_support::{
     RawWorker, Running, TIMEOUT_MS, connect, hear, hello, own_pidfd, say, started_front_end, watchdog,
 };
+
+/// Where `started_front_end` has the used ring of queue 0.
+const USED: u64 = 0x1_0000 + 2 * PAGE_SIZE;
 
 /// Longest wait for something that may need several tries.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -230,5 +236,35 @@ fn queues_are_leased_first_come_first_served() {
     // Messages of different workers have no order, so the release is waited for by asking on the same connection.
     assert!(claim(&second, 1));
     assert!(claim(&third, 0));
+    server.stop();
+}
+
+#[test]
+fn a_queue_is_handed_on_with_how_far_it_got() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let front_end = started_front_end(&server.front_end());
+    let claim = |worker: &RawWorker, queue| {
+        say(&worker.socket, &WorkerMessage::ClaimQueues { claim: 1, queues: vec![queue] });
+        while !matches!(hear(&worker.socket), Ok((DaemonMessage::Lease(lease), _)) if lease.queue == queue) {}
+    };
+    // A worker that may write the used ring but not read it begins there.
+    let base = |worker: &RawWorker| worker.table.queue(0).expect("a ring").base;
+    let first = RawWorker::attach(&server.control());
+    claim(&first, 0);
+    assert_eq!(base(&first), 0);
+    let page = front_end.viommu.walk(USED).expect("mapped").page;
+    let used_index = |index| front_end.guest.store_u16(page + 2, index).expect("guest memory");
+    used_index(7);
+    // What a worker says counts only where the used ring cannot be read.
+    first.segment.progress[0].store(PROGRESS_VALID | 5, Ordering::Relaxed);
+    say(&first.socket, &WorkerMessage::ReleaseQueue { queue: 0, claim: 1 });
+    claim(&first, 0);
+    assert_eq!(base(&first), 7);
+    used_index(9);
+    first.leave();
+    let second = RawWorker::attach(&server.control());
+    claim(&second, 0);
+    assert_eq!(base(&second), 9);
     server.stop();
 }

@@ -7,7 +7,7 @@ use iotlb_proto::iova::IovaRange;
 use iotlb_proto::table::QueueRecord;
 use iotlb_proto::vhost_user::VringAddress;
 
-use super::memory::Plan;
+use super::memory::{Memory, Plan};
 use super::{Action, Device};
 
 /// Largest split ring (virtio specification, 2.7).
@@ -120,6 +120,13 @@ impl Ring {
         self.size = 0;
         self.address = None;
         self.kick = Kick::None;
+    }
+
+    /// How far it is: rings are served in order, so everything before the used index is done and everything after it is
+    /// to be taken again.
+    fn reached(&self, memory: &Memory) -> u16 {
+        let used = self.used_index.and_then(|(region, offset)| memory.read_u16(region, offset));
+        used.or(self.progress).unwrap_or(self.base)
     }
 
     /// Puts another kick descriptor in the place of the old one, which is returned, to be closed.
@@ -312,12 +319,24 @@ impl Device {
         }
     }
 
-    /// Reads how far stopped rings got, once nobody touches them: rings are served in order, so everything before the
-    /// used index is done and everything after it is to be taken again.
+    /// The owner of a started ring has left it. Whoever may write the used ring but not read it begins at the base, so
+    /// the next owner needs one from which on nothing is done yet.
+    pub fn owner_left(&mut self, queue: u16) {
+        let index = usize::from(queue);
+        self.locate_used_index(index);
+        // Where the used ring never was in reach nobody did anything in this run.
+        let served = |ring: &&mut Ring| ring.started.is_some() && ring.used_index.is_some();
+        if let Some(ring) = self.rings.get_mut(index).filter(served) {
+            ring.base = ring.reached(&self.memory);
+            ring.progress = None;
+            self.publish_ring(index);
+        }
+    }
+
+    /// Reads how far stopped rings got, once nobody touches them.
     pub(super) fn read_stopped_rings(&mut self) {
         for ring in self.rings.iter_mut().filter(|ring| ring.unread) {
-            let used = ring.used_index.and_then(|(region, offset)| self.memory.read_u16(region, offset));
-            ring.base = used.or(ring.progress).unwrap_or(ring.base);
+            ring.base = ring.reached(&self.memory);
             ring.used_index = None;
             ring.progress = None;
             ring.unread = false;

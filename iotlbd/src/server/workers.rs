@@ -140,11 +140,13 @@ impl EventLoop {
                 self.flush(id);
             }
             WorkerMessage::ReleaseQueue { queue, claim } => {
+                self.note_progress_of(id);
                 if !self.leases.release(queue, id, claim) {
                     debug!(worker = id.0, queue, claim, "a worker releases what it does not have under this claim");
                     return;
                 }
                 info!(worker = id.0, queue, claim, "released");
+                self.device.owner_left(queue);
                 if let Some(link) = self.registry.get_mut(id).and_then(|worker| worker.link.as_mut()) {
                     link.withdraw(queue, claim);
                 }
@@ -236,6 +238,7 @@ impl EventLoop {
         if !freed.is_empty() {
             info!(worker = id.0, queues = ?freed, "free again");
         }
+        freed.into_iter().for_each(|queue| self.device.owner_left(queue));
         self.device.handle(Event::WorkerGone { worker: id }, now_ns());
     }
 

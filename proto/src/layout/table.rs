@@ -111,7 +111,7 @@ pub struct QueueRecordWords {
     pub avail: AtomicU64,
     /// IOVA of the used ring.
     pub used: AtomicU64,
-    /// Available index the front-end told the ring to start from.
+    /// Available index to start from: what the front-end told, and then how far owners came that left the ring.
     pub base: AtomicU64,
     /// Session this record belongs to.
     pub session_generation: AtomicU64,

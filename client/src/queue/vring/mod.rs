@@ -31,9 +31,10 @@
 //! The ring works in order: chains are completed in the order they were taken, and a chain that was taken and not
 //! completed goes back when the burst ends. So `used.idx` in guest memory is the whole state. It is the *commit
 //! point*: a successor of a killed worker, or a ring that was stopped and started, resumes from it. Only where the
-//! front-end lets the device write the used ring but not read it does the base from SET_VRING_BASE count. `begin` asks
-//! the used ring each time, since nothing else says that another worker had the queue in between; so what a forgotten
-//! burst completed and did not publish is taken again.
+//! front-end lets the device write the used ring but not read it does the base in the queue's record count, which the
+//! daemon keeps: what SET_VRING_BASE said, and then how far each worker came that left the queue. `begin` asks the used
+//! ring each time, since nothing else says that another worker had the queue in between; so what a forgotten burst
+//! completed and did not publish is taken again.
 //!
 //! # What the driver may do
 //!
