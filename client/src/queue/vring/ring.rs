@@ -160,8 +160,15 @@ impl Vring {
         }
         // A burst that was forgotten instead of dropped has left them taken.
         self.state.taken = 0;
+        let is_stale = self.tables.as_ref().is_none_or(|tables| tables.key != key);
+        if is_stale && self.state.used_write_only {
+            // Reading may have been denied because nothing was mapped there at the time.
+            let len = used_len(record.size, features & virtio::EVENT_IDX != 0) as u64;
+            let readable = memory.translate_pieces(record.used, len, Access::READ_WRITE, &mut |_| ());
+            self.state.used_write_only = readable.is_err();
+        }
         let used_access = if self.state.used_write_only { Access::WRITE } else { Access::READ_WRITE };
-        if self.tables.as_ref().is_none_or(|t| t.key != key || t.used_access != used_access) {
+        if is_stale || self.tables.as_ref().is_none_or(|tables| tables.used_access != used_access) {
             self.tables = None;
             let tables = translate(memory, record, features, used_access, key).inspect_err(|fault| {
                 if let RingFault::Broken(broken) = fault {

@@ -398,6 +398,25 @@ fn a_used_ring_that_may_only_be_written_starts_from_the_base() {
 }
 
 #[test]
+fn a_used_ring_that_can_be_read_after_all_is_read() {
+    let memory = memory(1);
+    let mut driver = Driver::new(&memory, 4, DESC, AVAIL, USED, 7);
+    // A predecessor has come further since the ring was set up.
+    driver.record.base = 3;
+    let mut ring = Vring::default();
+    misses_of(ring.begin(&memory, &driver.record, FEATURES).expect_err("not present"));
+    // The guest had not mapped it yet: a denial does not tell that from a page that may only be written.
+    assert!(ring.denied(USED, Access::READ_WRITE, &driver.record));
+    let set = misses_of(ring.begin(&memory, &driver.record, FEATURES).expect_err("not present"));
+    assert!(set.misses.iter().any(|miss| miss.access == Access::WRITE), "{set:?}");
+    assert!(memory.resolve(&set));
+    assert_eq!(begin(&mut ring, &memory, &driver).posted(), Ok(0), "what it did is not done again");
+    memory.invalidate(USED);
+    let set = misses_of(ring.begin(&memory, &driver.record, FEATURES).expect_err("gone"));
+    assert_eq!(set.misses, [Miss { iova: USED, len: PAGE_SIZE, access: Access::READ_WRITE }]);
+}
+
+#[test]
 fn a_denied_chain_can_be_given_back_unread() {
     let memory = memory(1);
     memory.resolve_everything();
