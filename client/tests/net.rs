@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal};
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use support::namespace::{bring_up_with_addresses, in_a_namespace, ip, queues};
-use support::{Daemon, Memory, Next, PATIENCE, eventfd, take_count, wait_readable, wait_until};
+use support::{Daemon, Memory, Next, PATIENCE, Watchdog, eventfd, take_count, wait_readable, wait_until};
 
 const FEATURES: u64 =
     virtio::VERSION_1 | virtio::ACCESS_PLATFORM | virtio::EVENT_IDX | virtio::INDIRECT_DESC | virtio::NET_MRG_RXBUF;
@@ -514,6 +514,50 @@ fn with_reconnect_it_serves_under_the_next_daemon() {
     stage.wait_received(1);
     assert_eq!(&stage.received(0)[42..], b"back");
     terminate(worker);
+}
+
+/// Takes a connection that says HELLO. The worker's log is nobody's business here: it is not read.
+fn hello(socket: &Socket) -> OwnedFd {
+    assert!(wait_readable(socket.listener.as_fd(), PATIENCE), "no worker came");
+    let connection = socket::accept4(socket.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC).expect("accept");
+    // SAFETY: just accepted, and owned by nobody else.
+    let connection: OwnedFd = unsafe { std::os::fd::FromRawFd::from_raw_fd(connection) };
+    assert!(wait_readable(connection.as_fd(), PATIENCE), "no HELLO came");
+    connection
+}
+
+#[test]
+fn a_log_that_nobody_reads_any_more_does_not_end_it() {
+    let _watchdog = Watchdog::new();
+    let socket = Socket::new();
+    let mut worker = socket.worker(&["--queues", "0,1", "--echo", "--reconnect"]);
+    drop(worker.stderr.take());
+    // The end of each attachment is a line of the log.
+    for _ in 0..3 {
+        drop(hello(&socket));
+    }
+    signal(&worker, Signal::SIGTERM);
+    let status = worker.wait().expect("it ends");
+    assert!(status.success(), "{status:?}");
+}
+
+#[test]
+fn a_log_that_is_full_keeps_nothing_waiting() {
+    let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
+    let size = rustix::pipe::fcntl_setpipe_size(&writer, 4096).expect("a small pipe");
+    assert_eq!(rustix::io::write(&writer, &vec![0; size]), Ok(size), "the pipe is full");
+    let socket = Socket::new();
+    let mut command = socket.command(&["--queues", "0,1", "--echo"]);
+    let mut worker = command.stderr(writer).spawn().expect("the worker starts");
+    let mut stage = Stage::attach(&socket);
+    stage.post_receive_buffers(10);
+    stage.send(&fragment(0, &ping(b"hello")));
+    stage.bells[1].kick();
+    stage.wait_received(1);
+    signal(&worker, Signal::SIGTERM);
+    let status = worker.wait().expect("it ends");
+    assert!(status.success(), "{status:?}");
+    drop(reader);
 }
 
 /// A TERM ends it as it should, although the daemon does not answer: the time-out would be a failure.

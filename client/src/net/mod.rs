@@ -11,6 +11,7 @@
 //! | [`lane`] | one leased queue: ring, misses, calls |
 //! | [`pair`] | the queues that share a port |
 //! | [`worker`] | the event loop |
+//! | [`log`] | lines on their way to standard error |
 //!
 //! A pin never spans I/O: packets are copied between guest and backlog under the pin; the TAP is read and written
 //! after it. Queue numbers are vring indexes: even ones are *guest RX* (the worker fills them), odd ones *guest TX*.
@@ -20,6 +21,7 @@ pub mod backlog;
 pub mod echo;
 pub mod header;
 pub mod lane;
+pub mod log;
 pub mod options;
 pub mod pair;
 pub mod rx;
