@@ -7,9 +7,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use iotlb_proto::control::RegionInfo;
-use iotlb_proto::iova::{IovaRange, PAGE_MASK, PAGE_SIZE};
+use iotlb_proto::iova::{IovaRange, PAGE_SIZE};
 use iotlb_proto::table::writer::TARGET_LIMIT;
-use iotlb_proto::vhost_user::MemoryRegion;
+use iotlb_proto::vhost_user::{MemoryRegion, RegionError};
 use rustix::fs::{FileType, OFlags, SealFlags};
 use rustix::io::Errno;
 use smallvec::SmallVec;
@@ -28,8 +28,8 @@ pub(super) enum MemoryError {
     TooMany(usize),
     #[error("region at user address {user:#x} overlaps another in the front-end's address space")]
     Overlap { user: u64 },
-    #[error("region at guest address {guest:#x} is empty, wraps, or does not start on a page of its file")]
-    Shape { guest: u64 },
+    #[error("the region at guest address {guest:#x} is not usable: {source}")]
+    Shape { guest: u64, source: RegionError },
     #[error("cannot examine the descriptor of the region at guest address {guest:#x}")]
     Stat { guest: u64, source: Errno },
     #[error("the region at guest address {guest:#x} is not backed by a memfd or regular file")]
@@ -381,14 +381,8 @@ fn sort(regions: &mut [Region]) -> Result<(), MemoryError> {
 /// file, and the alignment its mappings need (huge pages tell it as their block size).
 fn check(description: &MemoryRegion, fd: &OwnedFd) -> Result<((u64, u64), u64), MemoryError> {
     let guest = description.guest_address;
-    let shape = MemoryError::Shape { guest };
-    let end = description.mmap_offset.checked_add(description.size);
-    let past_user = description.user_address.checked_add(description.size.wrapping_sub(1));
-    let past_guest = guest.checked_add(description.size.wrapping_sub(1));
-    let (Some(needed), Some(_), Some(_)) = (end, past_user, past_guest) else { return Err(shape) };
-    if description.size == 0 || description.mmap_offset & PAGE_MASK != 0 {
-        return Err(shape);
-    }
+    // Nobody before has looked at a table's regions, and all that is said of a `Region` rests on this.
+    description.check().map_err(|source| MemoryError::Shape { guest, source })?;
     let stat = rustix::fs::fstat(fd).map_err(|source| MemoryError::Stat { guest, source })?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err(MemoryError::Kind { guest });
@@ -404,6 +398,8 @@ fn check(description: &MemoryRegion, fd: &OwnedFd) -> Result<((u64, u64), u64), 
         return Err(MemoryError::Mode { guest });
     }
     let len = u64::try_from(stat.st_size).unwrap_or(0);
+    // Wraps only for a region whose last byte is that of 2^64, which no file has.
+    let needed = description.mmap_offset.saturating_add(description.size);
     if len < needed {
         return Err(MemoryError::Short { guest, needed, len });
     }

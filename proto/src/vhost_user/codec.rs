@@ -71,13 +71,11 @@ pub enum DecodeError {
         /// What the message says.
         count: u32,
     },
-    /// A memory region that cannot be.
-    #[error("{request}: region {index} is not usable: {source}")]
+    /// A memory region by itself that cannot be.
+    #[error("{request}: the region is not usable: {source}")]
     Region {
         /// The request.
         request: RequestCode,
-        /// Which region of the message.
-        index: usize,
         /// What is wrong with it.
         source: RegionError,
     },
@@ -154,7 +152,8 @@ pub enum DecodeError {
 /// payload and descriptors; both are dropped.
 ///
 /// Ring indexes above 255 cannot come with descriptors and are refused there; elsewhere they are the device's to check,
-/// as are overlapping regions and the range of an IOTLB message.
+/// as are overlapping regions and the range of an IOTLB message. So are the regions of a SET_MEM_TABLE: one that cannot
+/// be spoils the table, but what the table leaves out is gone all the same.
 ///
 /// # Errors
 ///
@@ -333,23 +332,19 @@ impl<'a> Message<'a> {
         self.fds.pop().ok_or(DecodeError::Descriptors { request: self.request, fds: 0, min: 1, max: 1 })
     }
 
-    fn region(&self, index: usize, fields: &mut Fields<'_>) -> Result<MemoryRegion, DecodeError> {
-        self.checked(index, region(fields))
-    }
-
-    fn checked(&self, index: usize, region: MemoryRegion) -> Result<MemoryRegion, DecodeError> {
-        region.check().map_err(|source| DecodeError::Region { request: self.request, index, source })?;
+    fn checked(&self, region: MemoryRegion) -> Result<MemoryRegion, DecodeError> {
+        region.check().map_err(|source| DecodeError::Region { request: self.request, source })?;
         Ok(region)
     }
 
     fn single_region(&self) -> Result<MemoryRegion, DecodeError> {
-        self.checked(0, self.unchecked_region()?)
+        self.checked(self.unchecked_region()?)
     }
 
     /// A region by its name, which is where it lies and how large it is: the specification has the mmap offset ignored.
     fn region_that_goes(&self) -> Result<MemoryRegion, DecodeError> {
         let region = self.unchecked_region()?;
-        self.checked(0, MemoryRegion { mmap_offset: 0, ..region })?;
+        self.checked(MemoryRegion { mmap_offset: 0, ..region })?;
         Ok(region)
     }
 
@@ -367,6 +362,7 @@ impl<'a> Message<'a> {
         Ok(region(&mut fields))
     }
 
+    /// The regions as they stand there: see [`decode`].
     fn memory_table(mut self) -> Result<Request, DecodeError> {
         let mut fields =
             self.payload_size(REGION_PREFIX_LEN + REGION_LEN, REGION_PREFIX_LEN + REGIONS_MAX * REGION_LEN)?;
@@ -382,8 +378,8 @@ impl<'a> Message<'a> {
         self.fd_count(count, count)?;
         let fds = std::mem::take(&mut self.fds);
         let mut regions = Vec::with_capacity(count);
-        for (index, fd) in fds.into_iter().enumerate() {
-            regions.push((self.region(index, &mut fields)?, fd));
+        for fd in fds {
+            regions.push((region(&mut fields), fd));
         }
         Ok(Request::SetMemTable(regions))
     }

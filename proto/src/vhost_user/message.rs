@@ -7,12 +7,14 @@ use super::iotlb::IotlbMessage;
 use crate::iova::{IovaRange, PAGE_MASK};
 
 /// One region of guest memory as the front-end describes it (SET_MEM_TABLE, ADD_MEM_REG, REM_MEM_REG).
+///
+/// The decoder has seen to [`MemoryRegion::check`] where a message is about one region (but for the mmap offset of
+/// REM_MEM_REG, which means nothing). The regions of a SET_MEM_TABLE are as hostile as they came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryRegion {
     /// Guest physical address of the first byte.
     pub guest_address: u64,
-    /// Bytes; not 0, a multiple of 4096, and no address of the region passes 2^64 (the decoder saw to it, see
-    /// [`MemoryRegion::check`]).
+    /// Bytes.
     pub size: u64,
     /// Address of the first byte in the front-end.
     pub user_address: u64,
@@ -124,6 +126,7 @@ pub enum Request {
     SetFeatures(u64),
     SetOwner,
     ResetOwner,
+    /// Its regions are not checked: see [`MemoryRegion`].
     SetMemTable(Vec<(MemoryRegion, OwnedFd)>),
     SetLogBase {
         size: u64,
