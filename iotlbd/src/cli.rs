@@ -101,7 +101,7 @@ pub struct ServeArgs {
     pub busy_poll: bool,
 
     /// Write figures here as JSON, after each front-end session and at the end: counters, and how long the front-end
-    /// took for a page and the daemon for an acknowledgement
+    /// took for a page and the daemon for an acknowledgement. The loop itself writes: keep it on a local file system
     #[arg(long, value_name = "PATH")]
     pub stats: Option<PathBuf>,
 

@@ -101,7 +101,8 @@ impl Figures {
 }
 
 /// Under another name first, so that a reader finds a whole file. What is there and is no file (a pipe, a terminal,
-/// `/dev/null`, a link to one) is written to as it stands: a file put in its place would take it from everybody.
+/// `/dev/null`, a link to one) is written to as it stands: a file put in its place would take it from everybody. What
+/// has the other name is nobody's: it is removed, and nothing is written through it.
 fn write(path: &Path, report: &Report) -> io::Result<()> {
     let mut text = serde_json::to_vec(report)?;
     text.push(b'\n');
@@ -112,7 +113,13 @@ fn write(path: &Path, report: &Report) -> io::Result<()> {
     }
     let mut new = path.as_os_str().to_owned();
     new.push(".new");
-    std::fs::write(&new, text)?;
+    match std::fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    // What somebody puts there in this moment is not opened (EXCL): a link would lead anywhere, a pipe could block.
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+    OpenOptions::new().write(true).create_new(true).custom_flags(flags).open(&new)?.write_all(&text)?;
     std::fs::rename(&new, path)
 }
 
@@ -143,6 +150,41 @@ mod tests {
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
         Figures::new(Some(pipe.clone())).write(&device());
         assert!(!std::fs::symlink_metadata(&pipe).expect("still there").is_file());
+    }
+
+    #[test]
+    fn what_stands_where_the_new_file_is_made_is_not_used() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (path, new) = (folder.path().join("stats.json"), folder.path().join("stats.json.new"));
+        let (aim, alien) = (folder.path().join("aim"), "not ours");
+        let figures = Figures::new(Some(path.clone()));
+        let written = || {
+            let text = std::fs::read_to_string(&path).expect("written");
+            assert!(serde_json::from_str::<serde_json::Value>(&text).is_ok(), "{text}");
+            assert!(std::fs::symlink_metadata(&path).expect("written").is_file());
+            assert!(std::fs::symlink_metadata(&new).is_err(), "nothing is left behind");
+            std::fs::remove_file(&path).expect("ours");
+        };
+        std::fs::write(&aim, alien).expect("a file");
+        std::os::unix::fs::symlink(&aim, &new).expect("a link");
+        figures.write(&device());
+        assert_eq!(std::fs::read_to_string(&aim).expect("still there"), alien);
+        written();
+
+        std::fs::hard_link(&aim, &new).expect("a second name");
+        figures.write(&device());
+        assert_eq!(std::fs::read_to_string(&aim).expect("still there"), alien);
+        written();
+
+        // Nobody reads: to open it for writing would last for ever.
+        nix::unistd::mkfifo(&new, nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+        let (done, ended) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            figures.write(&device());
+            done.send(()).expect("the test waits");
+        });
+        ended.recv_timeout(std::time::Duration::from_secs(60)).expect("the loop would stand still");
+        written();
     }
 
     #[test]
