@@ -363,6 +363,7 @@ mod tests {
             "--queue-pairs=0",
             "--queue-pairs=129",
             "--table-size=10",
+            "--table-size=327K",
             "--table-size=lots",
             "--socket-mode=9",
             "--fd=-1",

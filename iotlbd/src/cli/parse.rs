@@ -70,6 +70,8 @@ pub fn log_filter(text: &str) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use iotlb_proto::table::{TableConfig, TableWriter};
+
     use super::*;
 
     #[test]
@@ -78,6 +80,19 @@ mod tests {
         assert_eq!(size("512K"), Ok(512 << 10));
         assert_eq!(size("16m"), Ok(16 << 20));
         assert_eq!(size("1G"), Ok(1 << 30));
+    }
+
+    #[test]
+    fn the_smallest_size_that_is_taken_makes_a_table() {
+        let table = |size| TableWriter::create(&TableConfig { size, generation: 1 });
+        assert_eq!(size(&TABLE_SIZE_MIN.to_string()), Ok(TABLE_SIZE_MIN));
+        assert!(table(TABLE_SIZE_MIN).is_ok());
+        let below = TABLE_SIZE_MIN - 1;
+        let error = size(&below.to_string()).expect_err("too small");
+        assert!(table(below).is_err());
+        // What the message names is taken.
+        let least = error.split_whitespace().find(|word| word.ends_with('K')).expect("a size");
+        assert!(size(least).is_ok_and(|size| table(size).is_ok()), "{error}");
     }
 
     #[test]

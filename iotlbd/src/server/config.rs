@@ -3,21 +3,24 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use iotlb_proto::layout::table::NODES_OFFSET;
+use iotlb_proto::layout::table::segment_size;
+use iotlb_proto::table::memory::{NODES_MAX, NODES_MIN};
 
 use super::inherit::FrontEndSocket;
 
 /// Most queue pairs: what QEMU drives over one socket.
 pub const QUEUE_PAIRS_MAX: u16 = 128;
-/// Smallest table in bytes: the header and room for a few hundred nodes, below which a guest would only evict.
-pub const TABLE_SIZE_MIN: u64 = 256 << 10;
+/// Smallest table in bytes: all but the nodes, and the fewest nodes that a table has.
+pub const TABLE_SIZE_MIN: u64 = segment_size(NODES_MIN).expect("64 nodes are far from 2^64 bytes") as u64;
 /// Largest table in bytes. At 512 entries a node this holds 2^31 pages, 8 TiB of guest memory in 4 KiB entries.
 pub const TABLE_SIZE_MAX: u64 = 16 << 30;
 /// Most workers a daemon can be told to take. Each costs a segment, a pidfd, a socket and a doorbell, and the scan of
 /// its slots in each grace period.
 pub const MAX_WORKERS_LIMIT: u16 = 1024;
 
-const _: () = assert!(TABLE_SIZE_MIN > 2 * NODES_OFFSET as u64);
+// It is told in KiB, and the largest one has no more nodes than a table can.
+const _: () = assert!(TABLE_SIZE_MIN.is_multiple_of(1 << 10));
+const _: () = assert!(TABLE_SIZE_MAX <= segment_size(NODES_MAX).expect("16 GiB") as u64);
 
 /// How a server is to run.
 #[derive(Debug)]
