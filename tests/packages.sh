@@ -7,6 +7,9 @@
 #
 #   tests/packages.sh            everything
 #   tests/packages.sh --check    says what is missing and changes nothing; status 1 if something is
+#   tests/packages.sh --able     says why this machine cannot get what is missing, if so, and changes nothing
+#
+# Only the small tools need root, or a sudo that does not ask.
 #
 # Exit status 0 when all is there, 1 otherwise.
 set -eu
@@ -63,6 +66,17 @@ fi
 command -v apt-get >/dev/null 2>&1 ||
     die 'apt-get not found: this needs a Debian system. Missing:' $need_packages $need_assets
 [ "$(dpkg --print-architecture)" = amd64 ] || die 'the guests are amd64 machines: run this on an amd64 Debian'
+# The versions that are tested are this release's and its backports'; those of another one would be taken for them.
+codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+[ -z "$need_assets" ] || [ "$codename" = bookworm ] ||
+    die "the guests' QEMUs and kernels are those of Debian 12 (bookworm) and its backports, and this is" \
+        "${codename:-a system without a VERSION_CODENAME in /etc/os-release}: run the guests on Debian 12." \
+        "./tests/run --quick leaves them out"
+[ -z "$need_packages" ] || [ "$(id -u)" = 0 ] || command -v sudo >/dev/null 2>&1 ||
+    die "neither root nor sudo: install these by hand: $(echo $need_packages)"
+if [ "${1:-}" = --able ]; then
+    exit 0
+fi
 export DEBIAN_FRONTEND=noninteractive
 
 # One run at a time: two would unpack over each other.
@@ -82,23 +96,28 @@ quietly() {
     fi
 }
 
+# As tests/run has it. sudo may forget the environment.
+as_root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    else
+        sudo -n env DEBIAN_FRONTEND=noninteractive "$@"
+    fi
+}
+
 if [ -n "$need_packages" ]; then
-    [ "$(id -u)" = 0 ] || die "run as root, or install these by hand: $(echo $need_packages)"
     say "installing" $need_packages
     # The lists of a fresh machine are empty or old; refresh them only when the first try fails.
-    quietly apt-get install -y -o DPkg::Lock::Timeout=300 --no-install-recommends $need_packages || {
+    quietly as_root apt-get install -y -o DPkg::Lock::Timeout=300 --no-install-recommends $need_packages || {
         say 'trying again with fresh package lists'
-        quietly apt-get update || die 'apt-get update failed, see above'
-        quietly apt-get install -y -o DPkg::Lock::Timeout=300 --no-install-recommends $need_packages ||
+        quietly as_root apt-get update || die 'apt-get update failed, see above'
+        quietly as_root apt-get install -y -o DPkg::Lock::Timeout=300 --no-install-recommends $need_packages ||
             die "apt-get cannot install: $(echo $need_packages)"
     }
     [ -z "$(missing_packages)" ] || die "installed, but still not found: $(missing_packages | tr '\n' ' ')"
 fi
 
-# The archive's address, taken from the machine's own sources: the entry for the suite of this release's codename.
-codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
-[ -n "$codename" ] || die '/etc/os-release names no VERSION_CODENAME: cannot tell which backports to use'
-
+# The archive's address is taken from the machine's own sources: the entry for the suite of this release's codename.
 # Writes the URI and the Signed-By path of the machine's entry for $codename, separated by a blank.
 machine_source() {
     for file in /etc/apt/sources.list.d/*.sources; do
