@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use iotlb_client::Access;
-use iotlb_proto::control::{DaemonMessage, QueueLease, WorkerMessage};
+use iotlb_proto::control::{self, DaemonMessage, QueueLease, Refusal, WorkerMessage};
 use iotlb_proto::iova::PAGE_SIZE;
 use iotlb_proto::table::QueueRecord;
 use iotlb_proto::vhost_user::features::virtio;
@@ -558,6 +558,26 @@ fn a_log_that_is_full_keeps_nothing_waiting() {
     let status = worker.wait().expect("it ends");
     assert!(status.success(), "{status:?}");
     drop(reader);
+}
+
+#[test]
+fn what_it_waits_for_is_told_once_and_again_when_it_is_something_else() {
+    const TRIES: usize = 5;
+    let _watchdog = Watchdog::new();
+    let socket = Socket::new();
+    let worker = socket.worker(&["--queues", "0,1", "--echo", "--reconnect"]);
+    for refusal in std::iter::repeat_n(Refusal::Full, TRIES).chain([Refusal::NoSuchDevice]) {
+        let connection = hello(&socket);
+        let message = control::encode(&DaemonMessage::Refused(refusal)).expect("encodes");
+        rustix::io::write(&connection, &message).expect("the worker listens");
+    }
+    // The next try comes after the line about the last one.
+    let _connection = hello(&socket);
+    signal(&worker, Signal::SIGTERM);
+    let log = String::from_utf8_lossy(&worker.wait_with_output().expect("it ends").stderr).into_owned();
+    let count = |words: &str| log.lines().filter(|line| line.contains("trying") && line.contains(words)).count();
+    assert!((1..TRIES).contains(&count("as many workers")), "{log}");
+    assert_eq!(count("no device"), 1, "{log}");
 }
 
 /// A TERM ends it as it should, although the daemon does not answer: the time-out would be a failure.

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser};
 
+use iotlb_proto::control::message::NAME_MAX;
+
 use super::tap::Direction;
 use crate::queue::vring::Limits;
 
@@ -47,18 +49,18 @@ pub struct Options {
     pub echo_ip: Option<Ipv4Addr>,
 
     /// Name of the device to attach to; a daemon's only one is "net0" [default: the only one]
-    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true, value_parser = name)]
     pub device: String,
 
     /// Name of this worker in the daemon's log
-    #[arg(long, value_name = "TEXT", default_value = "iotlb-net")]
+    #[arg(long, value_name = "TEXT", default_value = "iotlb-net", value_parser = name)]
     pub label: String,
 
     /// At most so many posted chains behind the next one are asked for together with it when it misses; 0 for none
     #[arg(long, value_name = "CHAINS", default_value_t = Limits::default().lookahead)]
     pub lookahead: u16,
 
-    /// When the daemon is not there or ends, keep trying to attach
+    /// When the daemon is not there, ends, or has no room or no such queue (yet), keep trying to attach
     #[arg(long)]
     pub reconnect: bool,
 }
@@ -145,6 +147,17 @@ fn socket_path(text: &str) -> Result<PathBuf, String> {
     Ok(PathBuf::from(text))
 }
 
+/// What HELLO can carry, see [`iotlb_proto::control::Hello`]: another name would be refused by every daemon.
+fn name(text: &str) -> Result<String, String> {
+    if text.len() > NAME_MAX {
+        return Err(format!("a name has at most {NAME_MAX} bytes, this one has {}; use a shorter one", text.len()));
+    }
+    if text.chars().any(char::is_control) {
+        return Err("a name has no control characters; leave them out".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
 fn mac_address(text: &str) -> Result<[u8; 6], String> {
     let mut mac = [0; 6];
     let mut parts = text.split(':');
@@ -210,6 +223,18 @@ mod tests {
         let error =
             Options::try_parse_from(format!("iotlb-net {long}").split_whitespace()).expect_err("too long").to_string();
         assert!(error.contains("--control-socket") && error.contains("107"), "{error}");
+    }
+
+    #[test]
+    fn names_that_no_daemon_takes_are_refused_at_once() {
+        let long = "n".repeat(NAME_MAX + 1);
+        for flag in ["--label", "--device"] {
+            for (name, words) in [(long.as_str(), "at most 64"), ("a\u{7}b", "control characters")] {
+                let error = parse(&format!("--queues 0 --tap t {flag} {name}")).expect_err(flag);
+                assert!(error.contains(flag) && error.contains(words), "{error}");
+            }
+            assert!(parse(&format!("--queues 0 --tap t {flag} {}", &long[1..])).is_ok());
+        }
     }
 
     #[test]

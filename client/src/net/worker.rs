@@ -24,6 +24,9 @@ const CLAIM_TIMEOUT_MS: u32 = 500;
 /// Pause between two tries to attach.
 const RECONNECT_PAUSE_MS: u16 = 250;
 
+/// While tries to attach fail for the same reason, it is told so often: who looks finds it, and no disk fills.
+const WAITING_REPORT: Duration = Duration::from_secs(60);
+
 /// How often rings are looked at that are not started: their start rings no bell of its own.
 const TICK_WAITING: Duration = Duration::from_millis(50);
 
@@ -67,14 +70,18 @@ pub enum WorkerError {
 impl WorkerError {
     /// Whether a new attachment may help.
     fn is_lost_attachment(&self) -> bool {
-        matches!(
-            self,
-            WorkerError::Attach(_)
-                | WorkerError::Reader(_)
-                | WorkerError::Pair(PairError::Lost(_))
-                // Also a refusal: the queue's last owner may be about to be found dead.
-                | WorkerError::Claim(_)
-        )
+        match self {
+            // Neither the command line nor what this process may do is ever another.
+            WorkerError::Attach(AttachError::NameTooLong { .. }) => false,
+            WorkerError::Attach(AttachError::Pidfd(error)) => {
+                !matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM))
+            }
+            // Also a refusal: the next daemon may be of this worker's build, or have this device.
+            WorkerError::Attach(_) | WorkerError::Reader(_) | WorkerError::Pair(PairError::Lost(_)) => true,
+            // Also a refusal: the queue's last owner may be about to be found dead, and the next daemon have more.
+            WorkerError::Claim(_) => true,
+            WorkerError::Options(_) | WorkerError::Tap(_) | WorkerError::Pair(_) | WorkerError::System { .. } => false,
+        }
     }
 }
 
@@ -121,11 +128,12 @@ pub fn run(options: &Options, signals: &Signals) -> Result<(), WorkerError> {
     for plan in &plans {
         pairs.insert(plan.pair, Pair::new(open_port(options, plan)?));
     }
+    let mut waiting = Waiting::default();
     let ended = loop {
         let ended = attach_and_serve(options, signals, &mut pairs);
         match ended {
             Err(error) if options.reconnect && error.is_lost_attachment() => {
-                tracing::warn!(%error, "trying to attach again");
+                waiting.failed(&error);
                 pairs.values_mut().for_each(Pair::detach);
                 if signals.came(RECONNECT_PAUSE_MS) {
                     break Ok(());
@@ -146,6 +154,30 @@ pub fn run(options: &Options, signals: &Signals) -> Result<(), WorkerError> {
         );
     }
     ended
+}
+
+/// What the log was told of tries to attach that failed.
+#[derive(Debug, Default)]
+struct Waiting {
+    /// Tries that were not told.
+    silent: u64,
+    told: Option<(Instant, String)>,
+}
+
+impl Waiting {
+    fn failed(&mut self, error: &WorkerError) {
+        let reason = error.to_string();
+        // One that was served is the first of its kind, whatever came before.
+        let again = !matches!(error, WorkerError::Pair(_))
+            && self.told.as_ref().is_some_and(|(when, told)| when.elapsed() < WAITING_REPORT && *told == reason);
+        if again {
+            self.silent += 1;
+            tracing::debug!(error = reason, "trying to attach again");
+            return;
+        }
+        tracing::warn!(error = reason, silent = self.silent, "trying to attach again");
+        *self = Waiting { silent: 0, told: Some((Instant::now(), reason)) };
+    }
 }
 
 fn open_port(options: &Options, plan: &PairPlan) -> Result<Port, TapError> {
@@ -319,5 +351,23 @@ impl Events {
             }
         }
         Ok(came)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_daemon_can_mend_ends_the_tries() {
+        let pidfd = |errno| WorkerError::Attach(AttachError::Pidfd(std::io::Error::from_raw_os_error(errno)));
+        assert!(!pidfd(libc::EPERM).is_lost_attachment() && !pidfd(libc::ENOSYS).is_lost_attachment());
+        assert!(pidfd(libc::EMFILE).is_lost_attachment());
+        assert!(!WorkerError::from(AttachError::NameTooLong { what: "label", len: 65 }).is_lost_attachment());
+        // A daemon with more queues, workers or devices may come.
+        assert!(WorkerError::from(AttachError::Full).is_lost_attachment());
+        assert!(WorkerError::from(AttachError::NoSuchDevice { device: String::new() }).is_lost_attachment());
+        let refused = ClaimError::Refused { queue: 9, reason: String::from("no such queue") };
+        assert!(WorkerError::from(refused).is_lost_attachment());
     }
 }
