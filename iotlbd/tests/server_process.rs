@@ -16,8 +16,9 @@ use iotlb_proto::sync::Ordering;
 use iotlb_proto::worker::Answer;
 use iotlbd::sim::front_end::{FrontEnd, FrontEndOptions};
 use iotlbd::sim::guest::Guest;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
-use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
 use server_support::{RawWorker, TIMEOUT_MS, connect, hear, say, started_front_end, watchdog};
 
 const CHILD_CONTROL: &str = "IOTLBD_TEST_CHILD_CONTROL";
@@ -359,6 +360,52 @@ fn the_daemon_takes_as_many_descriptors_as_it_may() {
     assert_eq!(words[3], words[4], "{line}");
     daemon.signal(Signal::TERM);
     assert!(daemon.end().0.success());
+}
+
+/// A limit for the daemon's descriptors under which one more fits, going by those it has now.
+fn room_for_one(daemon: &Daemon) -> u64 {
+    let taken: Vec<u64> = std::fs::read_dir(format!("/proc/{}/fd", daemon.child.id()))
+        .expect("our child")
+        .map(|entry| entry.expect("an entry").file_name().to_str().expect("digits").parse().expect("a number"))
+        .collect();
+    (0..).filter(|number| !taken.contains(number)).nth(1).expect("numbers have no end")
+}
+
+#[test]
+fn a_worker_that_cannot_be_named_for_want_of_descriptors_is_reported() {
+    let _watchdog = watchdog();
+    let (near, _far) = UnixStream::pair().expect("a pair");
+    if nix::sys::socket::getsockopt(&near, nix::sys::socket::sockopt::PeerPidfd).is_err() {
+        eprintln!("NOT TESTED: this kernel has no SO_PEERPIDFD");
+        return;
+    }
+    let mut daemon = Daemon::start();
+    let (tell, told) = std::sync::mpsc::channel();
+    let log = BufReader::new(daemon.child.stderr.take().expect("piped"));
+    let reader = std::thread::spawn(move || log.lines().map_while(Result::ok).try_for_each(|line| tell.send(line)));
+    let pid = Pid::from_child(&daemon.child);
+    let limit = prlimit(Some(pid), Resource::Nofile, getrlimit(Resource::Nofile)).expect("our child");
+    // What it had to close before may still be open: then this is not the limit that was meant. The watchdog ends it.
+    loop {
+        let short = Rlimit { current: Some(room_for_one(&daemon)), ..limit };
+        prlimit(Some(pid), Resource::Nofile, short).expect("our child");
+        let worker = connect(&daemon.control());
+        let mut fds = [PollFd::new(&worker, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 200_000_000 })).expect("poll");
+        prlimit(Some(pid), Resource::Nofile, limit).expect("our child");
+        drop(worker);
+        // Answered, if only after a pause: all before it is logged.
+        RawWorker::attach(&daemon.control()).leave();
+        let named = |line: &String| line.contains("WARN") && line.contains("does not name the process");
+        if told.try_iter().any(|line| named(&line)) {
+            break;
+        }
+    }
+    daemon.signal(Signal::TERM);
+    assert!(daemon.child.wait().expect("ended").success());
+    drop(told);
+    // An Err is what it has when nobody listens.
+    let _ = reader.join().expect("no panic");
 }
 
 #[test]

@@ -18,7 +18,7 @@ use super::alarm::now_ns;
 use super::event_loop::EventLoop;
 use super::link::{self, Link, LinkError, Outgoing};
 use super::poller::Token;
-use super::process::{self, Process};
+use super::process::{self, Process, ProcessError};
 use super::worker::Worker;
 
 /// Connections that have not said HELLO yet. More wait in the kernel's queue.
@@ -66,16 +66,22 @@ impl EventLoop {
         }
         while self.arrivals.len() < ARRIVALS_MAX {
             match accept_with(&self.control, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-                Ok(fd) => self.arrived(fd),
+                Ok(fd) => match self.arrived(fd) {
+                    Err(error) if error.is_exhausted() => return self.cannot_accept(&error),
+                    Err(error) => debug!("a connection was closed at once: {error}"),
+                    Ok(()) => {}
+                },
                 Err(Errno::AGAIN) => return,
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
-                Err(error) => {
-                    warn!("a worker cannot be accepted now: {error}");
-                    self.pause_accept();
-                    return;
-                }
+                Err(error) => return self.cannot_accept(&error),
             }
         }
+    }
+
+    /// For want of descriptors or memory: whoever looks after this machine has to know.
+    fn cannot_accept(&mut self, error: &dyn std::error::Error) {
+        warn!("a worker cannot be accepted now: {error}");
+        self.pause_accept();
     }
 
     /// Whether too much hangs that workers had or sent for another to be let in.
@@ -106,20 +112,20 @@ impl EventLoop {
         }
     }
 
-    fn arrived(&mut self, fd: OwnedFd) {
+    /// An Err says that the process behind the connection cannot be named; it is closed then.
+    fn arrived(&mut self, fd: OwnedFd) -> Result<(), ProcessError> {
         let peer = match process::peer(&fd) {
             Ok(peer) => peer,
             Err(error) => {
-                debug!("a connection was closed at once: {error}");
                 self.closer.give(vec![fd]);
-                return;
+                return Err(error);
             }
         };
         let socket = match PacketSocket::from_fd(fd) {
             Ok(socket) => socket,
             Err(error) => {
                 warn!("a connection on the control socket is of the wrong kind: {error}");
-                return;
+                return Ok(());
             }
         };
         socket.take_descriptors_only();
@@ -128,9 +134,10 @@ impl EventLoop {
         if let Err(error) = self.poller.watch(&socket, Token::Arrival(id)) {
             warn!("a connection cannot be watched: {error}");
             self.closer.give(vec![socket.into()]);
-            return;
+            return Ok(());
         }
         self.arrivals.insert(id, Arrival { socket, peer, since_ns: now_ns() });
+        Ok(())
     }
 
     /// When the connection that came first has taken too long to say HELLO.

@@ -41,6 +41,14 @@ pub(crate) enum ProcessError {
     Peer(io::Error),
 }
 
+impl ProcessError {
+    /// Whether there was no room for the pidfd, in this process or on the machine: that says nothing about the peer.
+    pub(crate) fn is_exhausted(&self) -> bool {
+        let ProcessError::Peer(error) = self else { return false };
+        matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
+    }
+}
+
 /// The process that connected, as the kernel knows it. `Ok(None)`: the kernel has no `SO_PEERPIDFD` (before 6.5).
 pub(crate) fn peer(socket: impl AsFd) -> Result<Option<OwnedFd>, ProcessError> {
     match getsockopt(&socket.as_fd(), sockopt::PeerPidfd) {
