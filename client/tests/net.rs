@@ -705,6 +705,30 @@ fn two_processes_serve_one_guest_over_one_tap() {
 }
 
 #[test]
+fn a_tap_that_is_down_is_told_once_until_it_is_up() {
+    if !in_a_namespace("a_tap_that_is_down_is_told_once_until_it_is_up") {
+        return;
+    }
+    let socket = Socket::new();
+    let worker = socket.worker(&["--queues", "0,1", "--tap", "tap0"]);
+    let mut stage = Stage::attach(&socket);
+    let mut sent = 0;
+    for state in ["down", "up", "down"] {
+        ip(&format!("link set tap0 {state}"));
+        for _ in 0..3 {
+            stage.send(&frame(200, 1, b"from the guest"));
+            stage.bells[1].kick();
+            sent += 1;
+            wait_until("the packet is taken", || stage.used_index(1) == sent);
+        }
+    }
+    signal(&worker, Signal::SIGTERM);
+    let log = String::from_utf8_lossy(&worker.wait_with_output().expect("it ends").stderr).into_owned();
+    let told = log.lines().filter(|line| line.contains("WARN") && line.contains("ip link set tap0 up")).count();
+    assert_eq!(told, 2, "{log}");
+}
+
+#[test]
 fn a_pair_whose_rings_are_not_started_attracts_no_flow() {
     if !in_a_namespace("a_pair_whose_rings_are_not_started_attracts_no_flow") {
         return;

@@ -137,6 +137,8 @@ pub struct Tap {
     name: String,
     offloads: Option<u32>,
     steering: Steering,
+    /// The log says that the device is down, and nothing was sent since.
+    told_down: bool,
 }
 
 impl Tap {
@@ -178,7 +180,8 @@ impl Tap {
             Err(Errno::EINVAL) if cfg!(target_endian = "little") => {}
             other => drop(other.map_err(fail("TUNSETVNETLE"))?),
         }
-        let mut tap = Tap { file, name: name.to_owned(), offloads: None, steering: Steering::Attached };
+        let mut tap =
+            Tap { file, name: name.to_owned(), offloads: None, steering: Steering::Attached, told_down: false };
         match direction {
             Direction::Both => {
                 tap.detach();
@@ -307,7 +310,10 @@ impl Tap {
     pub fn write(&mut self, packet: &[u8]) -> io::Result<Written> {
         loop {
             match self.file.write(packet) {
-                Ok(_) => return Ok(Written::Sent),
+                Ok(_) => {
+                    self.told_down = false;
+                    return Ok(Written::Sent);
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     // The kernel announces room only to who asked for it since there was none; a write does not count.
                     let mut fds = [PollFd::new(self.file.as_fd(), PollFlags::POLLOUT)];
@@ -318,7 +324,14 @@ impl Tap {
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.raw_os_error() == Some(libc::EBADFD) => return Err(error),
-                Err(_) => return Ok(Written::Refused),
+                Err(error) => {
+                    // Said of a device that is down and of nothing else, so it is not the guest that fills the log.
+                    if error.raw_os_error() == Some(libc::EIO) && !self.told_down {
+                        self.told_down = true;
+                        tracing::warn!("TAP {0} is down, packets are lost: run `ip link set {0} up`", self.name);
+                    }
+                    return Ok(Written::Refused);
+                }
             }
         }
     }
