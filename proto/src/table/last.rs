@@ -1,6 +1,7 @@
 //! The nodes of the GiB that a reader looked into last: what most lookups begin at.
 
 use std::cell::Cell;
+use std::mem::offset_of;
 
 use crate::layout::table::Node;
 use crate::shm::{SharedChoice, SharedObject, SharedSlice};
@@ -15,7 +16,11 @@ const NOWHERE: u64 = u64::MAX;
 
 /// The nodes. They are good for as long as the pin under which they were found, no longer, and not for what is kept
 /// under a removal generation read after they were found: see [`crate::tree::walk`].
+///
+/// Which GiB they are of lies on one line, wherever the reader is: each pin writes it with two stores of 16 bytes, and
+/// one of these across the end of a page takes more than twice as long as the rest of the pin.
 #[derive(Debug)]
+#[repr(C, align(64))]
 pub struct LastNodes {
     gibs: [Cell<u64>; KEPT],
     nodes: SharedChoice<Node, KEPT>,
@@ -57,6 +62,8 @@ impl LastNodes {
         }
     }
 }
+
+const _: () = assert!(align_of::<LastNodes>() == 64 && offset_of!(LastNodes, gibs) == 0);
 
 /// Where the node of the GiB around `iova` is kept.
 #[inline(always)]
