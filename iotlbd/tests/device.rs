@@ -570,6 +570,32 @@ fn done_without_a_translation_is_a_denial_after_a_few_tries() {
 }
 
 #[test]
+fn nobody_is_denied_what_another_one_was_asked_for() {
+    let (mut bench, _fd) = started();
+    // Parts of one page, of which the front-end has the last. The first is on its way when the others come.
+    bench.miss(0, 0, 1, 0x9100, 16, RW);
+    bench.miss(0, 1, 2, 0x9300, 16, RW);
+    bench.miss(1, 0, 3, 0x9800, 16, RW);
+    let mut answers = Vec::new();
+    loop {
+        let messages = bench.messages();
+        if messages.is_empty() {
+            break;
+        }
+        for (message, need_reply) in messages {
+            if message.iova == 0x9800 {
+                assert_eq!(bench.update(0x9800, 16, USER + 0x800, RW), 0);
+            }
+            if need_reply {
+                bench.event(Event::MissReply { value: 0 });
+            }
+        }
+        answers.extend(bench.answers());
+    }
+    assert_eq!(answers, [(0, 0, 1, Answer::Denied), (0, 1, 2, Answer::Denied), (1, 0, 3, Answer::Resolved)]);
+}
+
+#[test]
 fn a_permission_that_stays_missing_is_reported_and_denied() {
     let (mut bench, _fd) = started();
     assert_eq!(bench.update(0x9000, 4096, USER, Access::READ), 0);

@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 
 use hdrhistogram::Histogram;
 use iotlb_proto::access::Access;
+use iotlb_proto::iova::PAGE_MASK;
 
 /// Most MISS messages without a reply. A Unix socket of default size holds about 278 unread ones; the front-end reads
 /// them one by one, so more in flight would not be answered sooner.
@@ -15,6 +16,8 @@ const PAGE_DIGITS: u8 = 2;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Flight {
     pub(super) page: u64,
+    /// The address in that page that the message named.
+    pub(super) iova: u64,
     pub(super) number: u64,
     pub(super) access: Access,
     /// It asked for a reply.
@@ -68,10 +71,11 @@ impl Flights {
         IN_FLIGHT_MAX.saturating_sub(self.due.len() + self.silent.len())
     }
 
-    /// A message for `page` goes out, which asks for a reply if `replies`.
-    pub(super) fn depart(&mut self, page: u64, access: Access, replies: bool, now_ns: u64) {
+    /// A message for the page of `iova` goes out, which asks for a reply if `replies`.
+    pub(super) fn depart(&mut self, iova: u64, access: Access, replies: bool, now_ns: u64) {
         self.sent += 1;
-        self.due.push_back(Flight { page, number: self.sent, access, replies, sent_ns: now_ns });
+        let page = iova & !PAGE_MASK;
+        self.due.push_back(Flight { page, iova, number: self.sent, access, replies, sent_ns: now_ns });
     }
 
     /// The same to a front-end that replies to no message.
@@ -135,7 +139,7 @@ mod tests {
     fn a_page_has_the_time_since_its_message_or_the_page_before() {
         let mut flights = Flights::default();
         for page in [1, 2, 3] {
-            flights.depart(page, Access::READ, page == 3, 1_000);
+            flights.depart(page << 12, Access::READ, page == 3, 1_000);
         }
         assert!(flights.came(1, 11_000) && flights.came(3, 31_000));
         assert!(!flights.came(4, 40_000) && !flights.came(0, 40_000), "there is no such message");
@@ -149,9 +153,9 @@ mod tests {
     #[test]
     fn a_time_is_never_taken_from_another_message() {
         let mut flights = Flights::default();
-        flights.depart(1, Access::READ, true, 1_000);
+        flights.depart(1 << 12, Access::READ, true, 1_000);
         flights.depart_silently(2);
-        flights.depart(3, Access::READ, true, 1_000);
+        flights.depart(3 << 12, Access::READ, true, 1_000);
         assert!(!flights.came(2, 2_000), "of that one nothing is known");
         assert!(!flights.came(3, 2_000), "nor is it looked for behind a gap");
         assert!(flights.came(1, 2_000));

@@ -69,6 +69,10 @@ impl Waiter {
         self.cell.map(|(worker, _, _)| worker)
     }
 
+    fn wants(&self, iova: u64) -> bool {
+        (self.range.first()..=self.range.last()).contains(&iova)
+    }
+
     fn part_in(&self, page: u64) -> IovaRange {
         self.range.intersection(IovaRange::page_of(page)).unwrap_or(self.range)
     }
@@ -332,7 +336,7 @@ impl Misses {
         let again = entry.apart || entry.waiters.iter().any(|i| i.attempts > 0 || i.denials > 0);
         let need_reply = to.replies && (ends_batch || again);
         if to.replies {
-            self.flights.depart(page, access, need_reply, to.now_ns);
+            self.flights.depart(iova, access, need_reply, to.now_ns);
         } else {
             self.flights.depart_silently(page);
         }
@@ -375,19 +379,24 @@ impl Misses {
                     verdicts.push((interest.waiter, Answer::Denied, None));
                 }
             } else {
-                interest.attempts += 1;
+                interest.attempts = interest.attempts.saturating_add(1);
                 if interest.attempts > RETRIES_MAX {
                     match coverage(to.table, waiter.part_in(page), waiter.access) {
                         Coverage::Forbidden(at) => {
                             verdicts.push((interest.waiter, Answer::Denied, Some((at, waiter.access))));
                         }
-                        // "Done" each time, and everything that came before it was read: the front-end has nothing
-                        // for this address, and may say so like that.
-                        Coverage::Absent(_) if flight.is_some() => {
-                            verdicts.push((interest.waiter, Answer::Denied, None));
-                        }
-                        // Translations of other parts of the page, which may not have been meant as answers.
-                        _ => verdicts.push((interest.waiter, Answer::TimedOut, None)),
+                        Coverage::Absent(_) => match flight {
+                            // "Done" each time, and everything that came before it was read: the front-end has nothing
+                            // for this address, and may say so like that.
+                            Some(flight) if waiter.wants(flight.iova) => {
+                                verdicts.push((interest.waiter, Answer::Denied, None));
+                            }
+                            // It was asked for what another one lacks, who is answered now; then this one has its turn.
+                            Some(_) => {}
+                            // Translations of other parts of the page, which may not have been meant as answers.
+                            None => verdicts.push((interest.waiter, Answer::TimedOut, None)),
+                        },
+                        Coverage::Covered => verdicts.push((interest.waiter, Answer::TimedOut, None)),
                     }
                 }
             }
