@@ -13,9 +13,11 @@ use iotlb_proto::iova::PAGE_SIZE;
 use iotlb_proto::layout::worker::PROGRESS_VALID;
 use iotlb_proto::socket::{PacketError, PacketListener, PacketSocket};
 use iotlb_proto::sync::Ordering;
+use iotlbd::sim::FrontEndOptions;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use server_support::{
-    RawWorker, Running, TIMEOUT_MS, connect, hear, hello, own_pidfd, say, started_front_end, watchdog,
+    RawWorker, Running, TIMEOUT_MS, connect, hear, hello, own_pidfd, say, started_front_end, started_front_end_with,
+    watchdog,
 };
 
 /// Where `started_front_end` has the used ring of queue 0.
@@ -243,7 +245,12 @@ fn queues_are_leased_first_come_first_served() {
 fn a_queue_is_handed_on_with_how_far_it_got() {
     let _watchdog = watchdog();
     let server = Running::start();
-    let front_end = started_front_end(&server.front_end());
+    let exact = FrontEndOptions { exact_permissions: true, ..FrontEndOptions::default() };
+    let mut front_end = started_front_end_with(&server.front_end(), exact);
+    // To be written only.
+    let page = front_end.viommu.unmap(USED).expect("mapped").page;
+    front_end.viommu.map(USED, page, iotlb_client::Access::WRITE).expect("not mapped now");
+    front_end.push_update(USED).expect("acknowledged");
     let claim = |worker: &RawWorker, queue| {
         say(&worker.socket, &WorkerMessage::ClaimQueues { claim: 1, queues: vec![queue] });
         while !matches!(hear(&worker.socket), Ok((DaemonMessage::Lease(lease), _)) if lease.queue == queue) {}
@@ -253,7 +260,6 @@ fn a_queue_is_handed_on_with_how_far_it_got() {
     let first = RawWorker::attach(&server.control());
     claim(&first, 0);
     assert_eq!(base(&first), 0);
-    let page = front_end.viommu.walk(USED).expect("mapped").page;
     let used_index = |index| front_end.guest.store_u16(page + 2, index).expect("guest memory");
     used_index(7);
     // What a worker says counts only where the used ring cannot be read.

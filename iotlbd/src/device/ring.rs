@@ -319,10 +319,19 @@ impl Device {
         }
     }
 
+    fn used_ring_is_readable(&self, index: usize) -> bool {
+        let used = self.rings.get(index).and_then(|ring| ring.started?.used.checked_add(USED_INDEX));
+        used.and_then(|iova| self.table.lookup(iova)).is_some_and(|leaf| leaf.access.allows(Access::READ))
+    }
+
     /// The owner of a started ring has left it. Whoever may write the used ring but not read it begins at the base, so
-    /// the next owner needs one from which on nothing is done yet.
+    /// the next owner needs one from which on nothing is done yet. Where it can be read nothing is published: when a
+    /// record changes, the workers of all other rings forget what they have asked for and look everything up.
     pub fn owner_left(&mut self, queue: u16) {
         let index = usize::from(queue);
+        if self.used_ring_is_readable(index) {
+            return;
+        }
         self.locate_used_index(index);
         // Where the used ring never was in reach nobody did anything in this run.
         let served = |ring: &&mut Ring| ring.started.is_some() && ring.used_index.is_some();
