@@ -100,6 +100,21 @@ fn a_ring_does_not_start_as_it_was_when_what_it_should_be_was_refused() {
 }
 
 #[test]
+fn features_that_enable_a_started_ring_are_such_a_take() {
+    const PROTOCOL_FEATURES: u64 = 1 << 30;
+    let (mut bench, _fd) = started();
+    let features = bench.device.config().features;
+    assert_ne!(features & PROTOCOL_FEATURES, 0, "so the ring is disabled");
+    bench.instant_grace = false;
+    let request = Request::SetFeatures(features & !PROTOCOL_FEATURES);
+    let code = harness::header(&request, true).request;
+    assert_eq!(bench.request(request, true), []);
+    bench.grace();
+    assert_eq!(bench.replies(code), [ReplyPayload::U64(0)]);
+    bench.ack(Request::SetFeatures(features & !PROTOCOL_FEATURES));
+}
+
+#[test]
 fn stopping_a_ring_is_a_take_even_when_nothing_is_translated() {
     let (mut bench, _fd) = bench();
     bench.start_ring(0, DESC, AVAIL, USED);

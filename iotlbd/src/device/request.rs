@@ -402,7 +402,11 @@ impl Device {
             self.refresh_rings();
         }
         for index in 0..self.rings.len() {
-            self.publish_ring(index);
+            let started = self.rings.get(index).is_some_and(|ring| ring.started.is_some());
+            if self.publish_ring(index) && started {
+                // As with SET_VRING_ENABLE, which may not have been said.
+                self.table.note_taken();
+            }
         }
         // Several queue pairs repeat the same features: then nothing was unlinked and nothing is to be published.
         let identity = self.wants_identity() && !self.identity;
