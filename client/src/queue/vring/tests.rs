@@ -552,7 +552,6 @@ fn what_was_denied_or_broken_in_another_memory_is_forgotten() {
     assert!(ring.denied(USED, Access::READ_WRITE, &new.record), "reading the used ring was tried again");
 }
 
-/// Lets a driver break one rule, and tells how the ring puts it.
 #[test]
 fn a_driver_that_moves_the_used_index_gets_what_it_says() {
     let memory = memory(1);
@@ -586,6 +585,7 @@ fn a_driver_that_moves_the_used_index_gets_what_it_says() {
     }
 }
 
+/// Lets a driver break one rule, and tells how the ring puts it.
 fn broken_by(features: u64, limits: Limits, act: impl FnOnce(&mut Driver<'_>)) -> Broken {
     let memory = memory(1);
     memory.resolve_everything();
