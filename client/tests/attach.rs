@@ -7,7 +7,7 @@ use std::path::Path;
 
 use iotlb_client::{AttachError, AttachOptions, Attachment, PinError, ReaderError};
 use iotlb_proto::control::message::CONTROL_VERSION;
-use iotlb_proto::control::{DaemonMessage, Refusal, WorkerMessage};
+use iotlb_proto::control::{ControlError, DaemonMessage, Refusal, WorkerMessage};
 use iotlb_proto::layout::worker::SLOT_CAPACITY;
 use iotlb_proto::layout::{LAYOUT_HASH, LAYOUT_VERSION};
 use iotlb_proto::shm::memfd;
@@ -227,7 +227,10 @@ fn bad_paths_and_names() {
     .expect("a socket pair");
     let options = AttachOptions { label: "x".repeat(65), ..AttachOptions::default() };
     let error = Attachment::from_socket(theirs, &options).expect_err("too long");
-    assert!(matches!(error, AttachError::NameTooLong { what: "the label", len: 65 }));
+    assert!(matches!(error, AttachError::Name(ControlError::TextTooLong { field: "the label", len: 65, .. })));
+    let options = AttachOptions { device: "a\nb".to_owned(), ..AttachOptions::default() };
+    let error = Attachment::connect("/nowhere".as_ref(), &options).expect_err("no line of a log");
+    assert!(matches!(error, AttachError::Name(ControlError::TextControl { field: "the device name" })));
 }
 
 #[test]

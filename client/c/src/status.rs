@@ -152,7 +152,7 @@ pub(crate) fn told(result: Result<(), Failure>) -> iotlb_status {
 impl From<AttachError> for Failure {
     fn from(error: AttachError) -> Failure {
         let status = match error {
-            AttachError::NameTooLong { .. } => IOTLB_INVALID,
+            AttachError::Name(_) => IOTLB_INVALID,
             AttachError::TimedOut { .. } | AttachError::Address(AddressError::ConnectTimedOut { .. }) => {
                 IOTLB_TIMED_OUT
             }

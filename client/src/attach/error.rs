@@ -2,8 +2,8 @@
 
 use std::io;
 
-use iotlb_proto::control::Refusal;
-use iotlb_proto::control::message::{CONTROL_VERSION, NAME_MAX};
+use iotlb_proto::control::message::CONTROL_VERSION;
+use iotlb_proto::control::{ControlError, Refusal};
 use iotlb_proto::layout::{LAYOUT_HASH, LAYOUT_VERSION};
 use iotlb_proto::liveness::LivenessError;
 use iotlb_proto::shm::MemfdError;
@@ -21,14 +21,9 @@ pub(super) const WELCOME_FDS: usize = 4;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AttachError {
-    /// Device name or label is too long.
-    #[error("{what} has {len} bytes, at most {NAME_MAX} are allowed")]
-    NameTooLong {
-        /// Which of the two.
-        what: &'static str,
-        /// Its length in bytes.
-        len: usize,
-    },
+    /// Device name or label cannot be said: too long, or with control characters.
+    #[error("choose another name: {0}")]
+    Name(#[source] ControlError),
     /// The path is not usable, nobody listens there, or this user may not connect.
     #[error("{0}: is iotlbd running with this --control-socket, and may this user open it?")]
     Address(#[source] AddressError),

@@ -8,8 +8,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use iotlb_proto::control::message::{CONTROL_VERSION, HELLO_MAGIC, NAME_MAX};
-use iotlb_proto::control::{DaemonMessage, Hello, Welcome, WorkerMessage};
+use iotlb_proto::control::message::{CONTROL_VERSION, HELLO_MAGIC};
+use iotlb_proto::control::{self, DaemonMessage, Hello, Welcome, WorkerMessage};
 use iotlb_proto::layout::table::QUEUE_CAPACITY;
 use iotlb_proto::layout::worker::{Counters, SEGMENT_SIZE};
 use iotlb_proto::layout::{LAYOUT_HASH, LAYOUT_VERSION};
@@ -97,6 +97,7 @@ impl Attachment {
     /// # Errors
     /// As there.
     pub fn from_socket(socket: OwnedFd, options: &AttachOptions) -> Result<Attachment, AttachError> {
+        check_names(options)?;
         let channel = Channel::from_socket(socket).map_err(AttachError::Address)?;
         Attachment::over(channel, &Patience::new(None, options.timeout_ms), options)
     }
@@ -106,16 +107,12 @@ impl Attachment {
         control_socket: &Path,
         options: &AttachOptions,
     ) -> Result<Attachment, AttachError> {
+        check_names(options)?;
         let patience = Patience::new(stop, options.timeout_ms);
         Attachment::over(connected(control_socket, &patience)?, &patience, options)
     }
 
     fn over(channel: Channel, patience: &Patience<'_>, options: &AttachOptions) -> Result<Attachment, AttachError> {
-        for (what, text) in [("the device name", &options.device), ("the label", &options.label)] {
-            if text.len() > NAME_MAX {
-                return Err(AttachError::NameTooLong { what, len: text.len() });
-            }
-        }
         let pidfd = own_pidfd().map_err(AttachError::Pidfd)?;
         let hello = WorkerMessage::Hello(Hello {
             magic: HELLO_MAGIC,
@@ -201,6 +198,11 @@ impl Attachment {
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.inner.shared
     }
+}
+
+fn check_names(options: &AttachOptions) -> Result<(), AttachError> {
+    control::check_name("the device name", &options.device).map_err(AttachError::Name)?;
+    control::check_name("the label", &options.label).map_err(AttachError::Name)
 }
 
 /// Checks and maps what came with WELCOME.

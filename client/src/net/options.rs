@@ -4,8 +4,7 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser};
-
-use iotlb_proto::control::message::NAME_MAX;
+use iotlb_proto::control;
 
 use super::tap::Direction;
 use crate::queue::vring::Limits;
@@ -147,14 +146,9 @@ fn socket_path(text: &str) -> Result<PathBuf, String> {
     Ok(PathBuf::from(text))
 }
 
-/// What HELLO can carry, see [`iotlb_proto::control::Hello`]: another name would be refused by every daemon.
+/// What HELLO can carry: another name would be refused by every daemon.
 fn name(text: &str) -> Result<String, String> {
-    if text.len() > NAME_MAX {
-        return Err(format!("a name has at most {NAME_MAX} bytes, this one has {}; use a shorter one", text.len()));
-    }
-    if text.chars().any(char::is_control) {
-        return Err("a name has no control characters; leave them out".to_owned());
-    }
+    control::check_name("the name", text).map_err(|error| error.to_string())?;
     Ok(text.to_owned())
 }
 
@@ -179,6 +173,8 @@ fn mac_address(text: &str) -> Result<[u8; 6], String> {
 
 #[cfg(test)]
 mod tests {
+    use iotlb_proto::control::message::NAME_MAX;
+
     use super::*;
 
     fn parse(line: &str) -> Result<Options, String> {

@@ -72,7 +72,7 @@ impl WorkerError {
     fn is_lost_attachment(&self) -> bool {
         match self {
             // Neither the command line nor what this process may do is ever another.
-            WorkerError::Attach(AttachError::NameTooLong { .. }) => false,
+            WorkerError::Attach(AttachError::Name(_)) => false,
             WorkerError::Attach(AttachError::Pidfd(error)) => {
                 !matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM))
             }
@@ -356,6 +356,8 @@ impl Events {
 
 #[cfg(test)]
 mod tests {
+    use iotlb_proto::control;
+
     use super::*;
 
     #[test]
@@ -363,7 +365,8 @@ mod tests {
         let pidfd = |errno| WorkerError::Attach(AttachError::Pidfd(std::io::Error::from_raw_os_error(errno)));
         assert!(!pidfd(libc::EPERM).is_lost_attachment() && !pidfd(libc::ENOSYS).is_lost_attachment());
         assert!(pidfd(libc::EMFILE).is_lost_attachment());
-        assert!(!WorkerError::from(AttachError::NameTooLong { what: "label", len: 65 }).is_lost_attachment());
+        let name = control::check_name("the label", "a\nb").expect_err("not in one line");
+        assert!(!WorkerError::from(AttachError::Name(name)).is_lost_attachment());
         // A daemon with more queues, workers or devices may come.
         assert!(WorkerError::from(AttachError::Full).is_lost_attachment());
         assert!(WorkerError::from(AttachError::NoSuchDevice { device: String::new() }).is_lost_attachment());

@@ -136,6 +136,14 @@ fn config() -> impl bincode::config::Config {
     bincode::config::standard().with_limit::<MESSAGE_MAX>()
 }
 
+/// Whether HELLO can carry `name` as the name of a device or worker; `field` says which, in the error.
+///
+/// # Errors
+/// It is too long, or has control characters.
+pub fn check_name(field: &'static str, name: &str) -> Result<(), ControlError> {
+    text(field, name, NAME_MAX)
+}
+
 fn text(field: &'static str, text: &str, max: usize) -> Result<(), ControlError> {
     if text.len() > max {
         return Err(ControlError::TextTooLong { field, len: text.len(), max });
@@ -168,8 +176,8 @@ impl ControlMessage for WorkerMessage {
                 if hello.magic != HELLO_MAGIC {
                     return Err(ControlError::Magic(hello.magic));
                 }
-                text("device name", &hello.device, NAME_MAX)?;
-                text("worker label", &hello.label, NAME_MAX)
+                check_name("device name", &hello.device)?;
+                check_name("worker label", &hello.label)
             }
             WorkerMessage::ClaimQueues { claim: _, queues } => {
                 if queues.len() > QUEUES_MAX {
@@ -188,7 +196,7 @@ impl ControlMessage for WorkerMessage {
 impl ControlMessage for DaemonMessage {
     fn validate(&self) -> Result<(), ControlError> {
         match self {
-            DaemonMessage::Welcome(welcome) => text("device name", &welcome.device, NAME_MAX),
+            DaemonMessage::Welcome(welcome) => check_name("device name", &welcome.device),
             DaemonMessage::Refused(Refusal::Exhausted { reason })
             | DaemonMessage::LeaseRefused { queue: _, claim: _, reason } => text("reason", reason, REASON_MAX),
             DaemonMessage::AddRegion(info) => region(info),

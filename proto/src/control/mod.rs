@@ -3,5 +3,5 @@
 pub mod codec;
 pub mod message;
 
-pub use codec::{ControlError, ControlMessage, MESSAGE_MAX, decode, encode};
+pub use codec::{ControlError, ControlMessage, MESSAGE_MAX, check_name, decode, encode};
 pub use message::{DaemonMessage, Hello, QueueLease, Refusal, RegionInfo, Welcome, WorkerMessage, clip_reason};

@@ -129,6 +129,7 @@ static void nothing_is_refused(void)
 	IS(IOTLB_INVALID, iotlb_attach("", NULL, &device));
 	IS(IOTLB_INVALID, iotlb_attach_unless(-1, "/nowhere", NULL, &device));
 	IS(IOTLB_INVALID, iotlb_attach("/nowhere", &(iotlb_attach_options){ .label = "\xff" }, &device));
+	IS(IOTLB_INVALID, iotlb_attach("/nowhere", &(iotlb_attach_options){ .label = "a\nb" }, &device));
 	IS(IOTLB_INVALID, iotlb_reader_new(NULL, &reader));
 	CHECK(reader == NULL);
 	IS(IOTLB_INVALID, iotlb_claim_queues(NULL, &zero, 1, 0, &queue));
