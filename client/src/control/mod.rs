@@ -46,7 +46,8 @@ impl ControlThread {
         // they stay until its drop has joined the thread, and for ever if it is forgotten. In a forked child, where the
         // drop does not join, there is no thread.
         let thread = unsafe { builder.spawn_unchecked(move || control.run(stopped)) };
-        before.thread_set_mask()?;
+        // An Err cannot be: the system gave this mask. Nor may it end this here, where the thread runs and borrows.
+        let _ = before.thread_set_mask();
         Ok(ControlThread { shared, stop, thread: Some(thread?) })
     }
 }
