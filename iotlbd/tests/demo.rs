@@ -126,12 +126,14 @@ fn children_of(pid: u32) -> Vec<(u32, String)> {
 /// A long demo in which the daemon and two workers run; killed when a test fails.
 struct LongDemo {
     child: Option<Child>,
+    /// Where its sockets are: a demo that is killed cannot take them away.
+    _directory: tempfile::TempDir,
     children: Vec<(u32, String)>,
 }
 
 impl LongDemo {
     fn start() -> LongDemo {
-        LongDemo::of(start(&["demo", "--seconds", "600", "--json"]))
+        LongDemo::of(command(&["demo", "--seconds", "600", "--json"]))
     }
 
     /// A demo that finds `signal` to do this when it starts: whoever runs the tests may have it ignored.
@@ -145,11 +147,13 @@ impl LongDemo {
                 _ => Ok(()),
             });
         }
-        LongDemo::of(command.spawn().expect("cargo has built the program"))
+        LongDemo::of(command)
     }
 
-    fn of(child: Child) -> LongDemo {
-        let mut demo = LongDemo { child: Some(child), children: Vec::new() };
+    fn of(mut command: Command) -> LongDemo {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let child = command.env("TMPDIR", directory.path()).spawn().expect("cargo has built the program");
+        let mut demo = LongDemo { child: Some(child), _directory: directory, children: Vec::new() };
         let deadline = Instant::now() + WATCHDOG;
         while demo.children.iter().filter(|(_, line)| line.contains("demo-worker")).count() < 2 {
             assert!(Instant::now() < deadline, "no workers: {:?}", demo.children);
