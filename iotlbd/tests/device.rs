@@ -248,6 +248,36 @@ fn old_news_of_grace_periods_does_not_end_a_wait() {
 // ---- IOTLB messages ----
 
 #[test]
+fn an_invalidation_of_a_part_takes_all_of_the_translation() {
+    const AT: u64 = 0x4000_0000;
+    // Each with a last address that it translates.
+    let cases = [
+        ("one entry of an upper level", vec![(AT, 2 * MIB, 0)], AT + 2 * MIB - 1),
+        ("pages", vec![(AT, 0x4000, 0x1000)], AT + 0x3fff),
+        ("over two regions", vec![(AT, 2 * MIB, 3 * MIB)], AT + 2 * MIB - 1),
+        ("no whole pages", vec![(AT + 0x800, 0x2000, 0x800)], AT + 0x27ff),
+        ("cut by another", vec![(AT, 2 * MIB, 0), (AT + 0x2000, 4096, 0x9000)], AT + 2 * MIB - 1),
+    ];
+    for (name, updates, last) in cases {
+        let (low, high) = (memfd(4 * MIB), memfd(4 * MIB));
+        let regions = [(region(0, 4 * MIB, USER), &low), (region(1 << 32, 4 * MIB, USER + 4 * MIB), &high)];
+        let mut bench = Bench::net(&regions);
+        bench.start_ring(0, DESC, AVAIL, USED);
+        // What lies beside it stays.
+        assert_eq!(bench.update(AT - 0x1000, 4096, USER, RW), 0);
+        assert_eq!(bench.update(AT + 4 * MIB, 2 * MIB, USER, RW), 0);
+        for (iova, size, user) in updates {
+            assert_eq!(bench.update(iova, size, USER + user, RW), 0, "{name}");
+        }
+        assert!(target(&bench, last).is_some(), "{name}");
+        assert_eq!(bench.invalidate(AT, 4096), 0, "{name}");
+        let left: Vec<u64> = (AT..AT + 4 * MIB).step_by(0x400).filter(|iova| target(&bench, *iova).is_some()).collect();
+        assert!(left.is_empty(), "{name}: {left:#x?}");
+        assert!(target(&bench, AT - 1).is_some() && target(&bench, AT + 4 * MIB).is_some(), "{name}");
+    }
+}
+
+#[test]
 fn an_update_is_split_at_region_borders() {
     let (low, high) = (memfd(MIB), memfd(MIB));
     // Neighbours in the front-end, far apart in the guest.
@@ -305,6 +335,27 @@ fn ring_pages_that_cannot_be_reached_are_not_asked_for_on_and_on() {
     assert_eq!(bench.update(DESC, 4096, USER, RW), 0);
     assert_eq!(bench.update(DESC, 4096, USER + (1 << 40), RW), 1);
     assert!(bench.messages().iter().any(|(miss, _)| miss.iova == DESC));
+}
+
+#[test]
+fn a_flush_that_takes_nothing_asks_for_nothing() {
+    let (mut bench, _fd) = started();
+    // All ring pages go with the first of two flushes that say the same, as each pair of queues has its own.
+    assert_eq!(bench.invalidate(0, 0), 0);
+    let mut refused = 0;
+    loop {
+        let messages = bench.messages();
+        if messages.is_empty() {
+            break;
+        }
+        refused += messages.len();
+        assert!(refused < 100, "it never ends");
+        let replies = messages.iter().filter(|(_, need_reply)| *need_reply).count();
+        (0..replies).for_each(|_| bench.event(Event::MissReply { value: 1 }));
+    }
+    assert!(refused > 0);
+    assert_eq!(bench.invalidate(0, 0), 0);
+    assert_eq!(bench.messages(), []);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! An UPDATE says what a range means from now on, so whatever was known of the range before is void in any case: a part
 //! that this side cannot reach (outside every region, no permission, an address that wraps) answers non-zero *and*
 //! takes away what the range meant so far. Being without a translation costs a miss; keeping an old one costs the
-//! guest's memory.
+//! guest's memory. An INVALIDATE takes each UPDATE that it touches as a whole ([`super::extents`]).
 //!
 //! For the same reason translations count from the start of the first ring to the end of the last. Front-ends send no
 //! invalidations for a device of which no ring runs, and QEMU may answer a MISS after it stopped the device, or between
@@ -50,6 +50,7 @@ impl Device {
                 return Ok(job);
             }
         };
+        self.extents.add(range);
         let mut refused = false;
         for piece in pieces {
             let first = range.first() + piece.offset;
@@ -97,10 +98,11 @@ impl Device {
             }
             return job;
         }
-        let range = IovaRange::from_invalidate(message.iova, message.size);
-        self.table.remove(range);
-        job.ask_rings =
-            self.rings.iter().filter_map(|ring| ring.areas()).flatten().any(|(area, _)| area.overlaps(range));
+        let range = self.extents.widen(IovaRange::from_invalidate(message.iova, message.size));
+        // Each pair of queues brings the same once more. Where nothing goes, nothing has to be asked for: with 64 pairs
+        // the look at all of their ring pages, for every one of 64 messages, would take longer than the messages.
+        job.ask_rings = self.table.remove(range) > 0
+            && self.rings.iter().filter_map(Ring::areas).flatten().any(|(area, _)| area.overlaps(range));
         job
     }
 }

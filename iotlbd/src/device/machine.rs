@@ -8,6 +8,7 @@ use iotlb_proto::control::RegionInfo;
 use iotlb_proto::table::TableWriter;
 use iotlb_proto::worker::{Answer, MissRequest};
 
+use super::extents::Extents;
 use super::held::{Held, HeldMisses};
 use super::memory::Memory;
 use super::miss::{Coverage, Misses, Surroundings, coverage};
@@ -43,6 +44,7 @@ pub struct Counters {
 pub struct Device {
     pub(super) config: DeviceConfig,
     pub(super) table: TableWriter,
+    pub(super) extents: Extents,
     pub(super) session: Session,
     pub(super) memory: Memory,
     pub(super) rings: Vec<Ring>,
@@ -70,6 +72,7 @@ impl Device {
         let rings = std::iter::repeat_with(Ring::default).take(config.rings()).collect();
         let session_generation = table.bump_session();
         Device {
+            extents: Extents::default(),
             session: Session::default(),
             memory: Memory::new(config.arena_size),
             rings,
@@ -285,6 +288,7 @@ impl Device {
 
     pub(super) fn clear_table(&mut self) {
         self.table.clear();
+        self.extents.clear();
         self.identity = false;
     }
 

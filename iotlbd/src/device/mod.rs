@@ -10,6 +10,7 @@
 //! | [`config`] | what is offered to the front-end |
 //! | `request` | the handlers of front-end requests |
 //! | `iotlb` | UPDATE and INVALIDATE |
+//! | `extents` | what each UPDATE covered, since an INVALIDATE takes it as a whole |
 //! | `take` | jobs: what waits for a grace period, and how it goes on |
 //! | `session` | what one front-end negotiated |
 //! | `memory` | regions of guest memory: user address to arena offset |
@@ -19,6 +20,7 @@
 pub mod action;
 pub mod config;
 pub mod event;
+mod extents;
 mod held;
 mod iotlb;
 pub mod machine;
