@@ -8,6 +8,7 @@ use iotlb_proto::iova::PAGE_SIZE;
 use iotlb_proto::sync::Ordering;
 use iotlb_proto::worker::WorkerSegment;
 use iotlbd::sim::SimError;
+use iotlbd::sim::viommu::LAZY_FLUSH;
 
 use super::{Outcome, Run, hit, visits};
 use crate::bench::daemon::scan::incarnation;
@@ -137,6 +138,8 @@ fn queues(run: &mut Run) -> Outcome {
     let mut curve =
         Curve::new("INVALIDATE of a page, once for each queue pair as QEMU sends it", "queue pairs", "us a page");
     let mut single = Curve::new("The same, a message", "queue pairs", "us a message");
+    let mut flushes =
+        Curve::new("Flush of everything with all rings started, as a lazy guest's, a message", "queue pairs", "us");
     let pairs: &[u16] = if run.quick { &[1, 2] } else { &[1, 2, 4, 8, 16, 32, 64] };
     for &pairs in pairs {
         eprintln!("growth: {pairs} queue pairs");
@@ -151,9 +154,20 @@ fn queues(run: &mut Run) -> Outcome {
         })?;
         curve.add("iotlbd", u64::from(pairs), time);
         single.add("iotlbd", u64::from(pairs), time / f64::from(pairs));
+        let messages = f64::from(pairs) * LAZY_FLUSH.len() as f64;
+        let time = message_times(run, || {
+            // Of each ring the pages that were asked for after the flush before.
+            rig.front_end.serve_misses()?;
+            rig.front_end.push_update(iova)?;
+            let start = Instant::now();
+            rig.front_end.flush()?;
+            Ok(start.elapsed())
+        })?;
+        flushes.add("iotlbd", u64::from(pairs), time / messages);
     }
     run.curves.push(curve);
     run.curves.push(single);
+    run.curves.push(flushes);
     Ok(())
 }
 
