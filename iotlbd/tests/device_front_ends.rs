@@ -6,6 +6,7 @@ use harness::{AVAIL, Bench, DESC, MIB, ROOMY, RW, USED, USER, bench, memfd, regi
 use iotlb_proto::vhost_user::features::protocol;
 use iotlb_proto::vhost_user::header::{FLAG_NEED_REPLY, FLAG_VERSION};
 use iotlb_proto::vhost_user::{Header, IotlbMessage, Request, decode};
+use iotlb_proto::worker::Answer;
 use iotlbd::device::{Action, DeviceConfig, Event, MemoryChange, ReplyPayload};
 
 /// The payload of a message about regions: how many, then each as four numbers.
@@ -148,4 +149,27 @@ fn nothing_is_asked_for_before_the_driver_is_there() {
     let mut asked: Vec<u64> = bench.messages().iter().map(|(message, _)| message.iova).collect();
     asked.sort_unstable();
     assert_eq!(asked, [X, DESC, AVAIL]);
+}
+
+/// A guest may take longer to start than a miss may take. Nobody was asked for the rings' pages yet, so their time has
+/// not begun; a worker's has, since it does not know what it waits for.
+#[test]
+fn a_driver_that_comes_late_finds_the_rings_asked_for() {
+    let (mut bench, _memory) = bench();
+    bench.silent(Request::SetStatus(8));
+    bench.start_ring(0, DESC, AVAIL, USED);
+    bench.miss(1, 0, 1, 0x10_0000, 4096, RW);
+    assert_eq!(bench.device.misses_waiting(), 1, "the worker's");
+    bench.now_ns += 150_000_000;
+    bench.event(Event::Tick);
+    assert_eq!(bench.answers(), [(1, 0, 1, Answer::TimedOut)]);
+    assert_eq!(bench.messages(), []);
+    bench.ack(Request::SetStatus(15));
+    let asked: Vec<u64> = bench.messages().iter().map(|(message, _)| message.iova).collect();
+    assert_eq!(asked, [DESC, AVAIL]);
+    // The same status again is no news.
+    bench.now_ns += 150_000_000;
+    bench.event(Event::Tick);
+    bench.ack(Request::SetStatus(15));
+    assert_eq!(bench.messages(), []);
 }

@@ -357,9 +357,10 @@ impl Device {
         }
     }
 
-    /// Asks for the pages of started rings that are not translated.
+    /// Asks for the pages of started rings that are not translated. Where nobody may be asked yet nothing is queued, or
+    /// its time could be over before it is: whatever makes [`Session::may_ask`] true asks for the rings.
     pub(super) fn ask_for_rings(&mut self) {
-        if !self.session.iommu() || !self.session.channel {
+        if !self.session.iommu() || !self.session.may_ask() {
             return;
         }
         let now_ns = self.now_ns;

@@ -312,8 +312,13 @@ impl Device {
                 if self.session.acked_too_much {
                     status &= !STATUS_FEATURES_OK;
                 }
+                let could_ask = self.session.may_ask();
                 self.session.status = status;
-                Ok(Outcome::Ack)
+                if could_ask || !self.session.may_ask() {
+                    return Ok(Outcome::Ack);
+                }
+                // The rings started before.
+                Ok(Outcome::Job(Job { ask_rings: true, ..Job::give(due) }))
             }
             Request::GetStatus => number(u64::from(self.session.status)),
 
