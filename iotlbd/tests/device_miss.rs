@@ -4,7 +4,7 @@ mod harness;
 
 use harness::{AVAIL, Bench, DESC, MIB, ROOMY, RW, USED, USER, bench, channel, memfd, region, started, table_of};
 use iotlb_proto::access::Access;
-use iotlb_proto::vhost_user::features::protocol;
+use iotlb_proto::vhost_user::features::{protocol, virtio};
 use iotlb_proto::vhost_user::{IotlbKind, IotlbMessage, Request};
 use iotlb_proto::worker::Answer;
 use iotlbd::device::{DeviceConfig, Event, WorkerId};
@@ -271,6 +271,45 @@ fn rings_are_asked_for_at_their_start_and_after_a_flush_and_only_then() {
     // The same flush again, once a queue pair: nothing is asked twice.
     assert_eq!(bench.invalidate(0xfef0_0000, 0xffff_ffff_0110_0000), 0);
     assert_eq!(pages(&mut bench), [0; 0]);
+}
+
+#[test]
+fn a_ring_that_stops_is_not_asked_for_any_more_but_for_what_another_one_needs() {
+    // The first ring's page, from which on the second one's available ring lies beside it.
+    const BESIDE: u64 = AVAIL + 0xb00;
+    const OTHER: u64 = 0xfffe_e000;
+    let (mut bench, _fd) = bench();
+    bench.start_ring(0, DESC, AVAIL, USED);
+    // All that may be in flight is, so of what comes now nothing is sent.
+    for cell in 0..100 {
+        bench.miss(0, cell, 1, 0x100_0000 + u64::from(cell) * 0x1_0000, 16, RW);
+    }
+    assert_eq!(bench.messages().len(), 64);
+    bench.start_ring(1, OTHER, BESIDE, OTHER + 0x1000);
+    assert_eq!(bench.device.misses_waiting(), 100 + 2 + 2);
+    assert_eq!(bench.request(Request::GetVringBase { index: 1 }, false).len(), 1);
+    assert_eq!(bench.device.misses_waiting(), 100 + 2);
+    let mut asked = Vec::new();
+    for _ in 0..1_000 {
+        bench.event(Event::MissReply { value: 1 });
+        asked.extend(bench.messages().iter().map(|(message, _)| message.iova));
+    }
+    assert_eq!(bench.device.misses_waiting(), 0, "all were refused");
+    assert!(asked.contains(&AVAIL), "the first ring still needs it");
+    assert!(!asked.iter().any(|iova| (OTHER..DESC).contains(iova)), "{asked:x?}");
+}
+
+#[test]
+fn rings_that_features_end_or_move_are_not_asked_for_where_they_were() {
+    let (mut bench, _fd) = bench();
+    // By user addresses, which the first one's are not, the second one lies elsewhere.
+    bench.start_ring(0, DESC, AVAIL, USED);
+    bench.start_ring(1, USER, USER + 0x1000, USER + 0x1240);
+    assert_eq!(bench.device.misses_waiting(), 4);
+    let features = bench.device.config().features;
+    bench.silent(Request::SetFeatures(features & !virtio::ACCESS_PLATFORM));
+    assert!(bench.device.is_running());
+    assert_eq!(bench.device.misses_waiting(), 0);
 }
 
 #[test]

@@ -272,6 +272,8 @@ impl Device {
     /// Device reset and session end: rings stopped, table empty, a new session generation, nobody waits for a miss.
     pub(super) fn stop_everything(&mut self) {
         self.session_generation = self.table.bump_session();
+        // First, so that no ring that stops looks which of its pages others need.
+        self.misses.stop(&mut self.actions);
         for index in 0..self.rings.len() {
             self.stop_ring(index);
             if let Some(ring) = self.rings.get_mut(index) {
@@ -282,7 +284,6 @@ impl Device {
         self.table.set_acked_features(0);
         self.clear_table();
         self.table.note_taken();
-        self.misses.stop(&mut self.actions);
         self.release_held();
     }
 

@@ -190,6 +190,7 @@ impl Device {
     /// Makes a started ring untouchable, keeps what is needed to tell how far it got. Returns whether it was started.
     pub(super) fn stop_ring(&mut self, index: usize) -> bool {
         self.locate_used_index(index);
+        let areas = self.rings.get(index).and_then(Ring::areas);
         let (Some(ring), Ok(queue)) = (self.rings.get_mut(index), u16::try_from(index)) else { return false };
         let was_started = ring.started.take().is_some();
         ring.unread |= was_started;
@@ -202,7 +203,16 @@ impl Device {
         if was_started {
             self.table.note_taken();
         }
+        self.leave_pages(areas);
         was_started
+    }
+
+    /// Pages of a ring that was stopped or moved are not asked for any more: the guest may have unmapped them by the
+    /// time that they would be, and has a fault in its log then.
+    fn leave_pages(&mut self, areas: Option<[(IovaRange, Access); 3]>) {
+        let rings = &self.rings;
+        let is_needed = |page| rings.iter().filter_map(Ring::areas).flatten().any(|(area, _)| area.overlaps(page));
+        self.misses.unwant(areas.into_iter().flatten(), is_needed);
     }
 
     /// Stops the rings that will lie outside memory: the drain before it goes is theirs too, and while it is there, how
@@ -220,12 +230,14 @@ impl Device {
 
     /// Makes a ring untouchable that may go on one day.
     fn end_ring(&mut self, index: usize) {
+        let areas = self.rings.get(index).and_then(Ring::areas);
         if let Some(ring) = self.rings.get_mut(index) {
             ring.started = None;
             ring.unread = true;
         }
         self.publish_ring(index);
         self.table.note_taken();
+        self.leave_pages(areas);
     }
 
     /// Where workers find the ring: IOVAs as told, or guest addresses converted from user addresses with `guest`.
@@ -288,11 +300,13 @@ impl Device {
             if self.rings.get(index).is_some_and(|ring| ring.started.is_some()) {
                 match self.ring_addresses_now(index) {
                     Ok(at @ Some(_)) => {
-                        if let Some(ring) = self.rings.get_mut(index) {
-                            if ring.started != at {
-                                self.table.note_taken();
-                            }
+                        let areas = self.rings.get(index).and_then(Ring::areas);
+                        if let Some(ring) = self.rings.get_mut(index)
+                            && ring.started != at
+                        {
                             ring.started = at;
+                            self.table.note_taken();
+                            self.leave_pages(areas);
                         }
                         self.publish_ring(index);
                     }

@@ -199,6 +199,22 @@ impl Misses {
         }
     }
 
+    /// The device does without the pages of a ring that was there, but for those that are still needed.
+    pub(super) fn unwant(
+        &mut self,
+        areas: impl Iterator<Item = (IovaRange, Access)>,
+        is_needed: impl Fn(IovaRange) -> bool,
+    ) {
+        for (range, _) in areas {
+            let own = self.own.range(range.first() & !PAGE_MASK..=range.last());
+            let left = own.filter(|(page, _)| !is_needed(IovaRange::page_of(**page)));
+            let left: SmallVec<[u64; 4]> = left.map(|(_, id)| *id).collect();
+            for id in left {
+                self.remove_waiter(id);
+            }
+        }
+    }
+
     /// Translations of all of `range`, which allow `access`, are in the table now.
     pub(super) fn appeared<T: Translations>(&mut self, range: IovaRange, access: Access, to: &mut Surroundings<'_, T>) {
         if self.pages.is_empty() {

@@ -228,6 +228,7 @@ fn around<'a>(table: &'a Pages, actions: &'a mut VecDeque<Action>) -> Surroundin
 enum Step {
     Post { worker: u32, cell: u16, page: u64, len: u64, access: u8 },
     Want { page: u64 },
+    Unwant { page: u64, pages: u64 },
     Map { page: u64, pages: u64, access: u8 },
     Unmap { page: u64 },
     Reply { value: u64 },
@@ -244,6 +245,7 @@ fn step() -> impl Strategy<Value = Step> {
         6 => (0..3u32, 0..3u16, page.clone(), 1..9000u64, 1..4u8)
             .prop_map(|(worker, cell, page, len, access)| Step::Post { worker, cell, page, len, access }),
         1 => page.clone().prop_map(|page| Step::Want { page }),
+        1 => (page.clone(), 1..4u64).prop_map(|(page, pages)| Step::Unwant { page, pages }),
         3 => (page.clone(), 1..4u64, 1..4u8).prop_map(|(page, pages, access)| Step::Map { page, pages, access }),
         2 => page.prop_map(|page| Step::Unmap { page }),
         5 => (0..2u64).prop_map(|value| Step::Reply { value }),
@@ -327,6 +329,13 @@ proptest! {
                 Step::Want { page } => {
                     let range = IovaRange::page_of(page * PAGE_SIZE);
                     misses.want([(range, Access::READ)].into_iter(), now_ns, &table);
+                }
+                Step::Unwant { page, pages } => {
+                    let (first, needed) = (page * PAGE_SIZE, (page + 2) * PAGE_SIZE);
+                    let range = IovaRange::from_len(first, pages * PAGE_SIZE).expect("a range");
+                    misses.unwant([(range, Access::READ)].into_iter(), |page| page.first() == needed);
+                    let left = misses.own.range(first..=range.last());
+                    prop_assert!(left.map(|(page, _)| *page).all(|page| page == needed));
                 }
                 Step::Map { page, pages, access } => {
                     let range = IovaRange::from_len(page * PAGE_SIZE, pages * PAGE_SIZE).expect("low addresses");
