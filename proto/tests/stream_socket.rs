@@ -340,6 +340,28 @@ fn a_descriptor_with_an_iotlb_message_is_closed_when_that_is_taken() {
     would_block(&mut stream);
 }
 
+/// In pieces it is received byte by byte, with what comes along.
+#[test]
+fn a_descriptor_with_a_piece_of_an_iotlb_message_is_closed_and_the_message_taken() {
+    let bytes = update();
+    for cut in [1, HEADER_LEN, HEADER_LEN + 1, bytes.len() - 1] {
+        for with_first in [true, false] {
+            let (mut stream, peer) = pair();
+            let (mut reader, writer) = std::io::pipe().expect("a pipe");
+            let fd = [writer.as_fd()];
+            send_raw(&peer, &bytes[..cut], if with_first { &fd } else { &[] });
+            would_block(&mut stream);
+            send_raw(&peer, &bytes[cut..], if with_first { &[] } else { &fd });
+            drop(writer);
+            let Ok(Received::Message { header, payload, fds }) = stream.receive() else { panic!("cut at {cut}") };
+            assert_eq!(fds.len(), 1, "cut at {cut}: received");
+            let request = decode(header, &payload, fds);
+            assert!(matches!(request, Ok(Request::Iotlb(_))), "cut at {cut}: {request:?}");
+            assert_eq!(reader.read(&mut [0]).expect("the end"), 0, "nobody has the other end");
+        }
+    }
+}
+
 #[test]
 fn too_many_descriptors_break_the_stream() {
     let fd = null();

@@ -5,7 +5,8 @@
 //! the replies to them, which are nearly all there is for hours. So a look asks for bytes and nothing else, which takes
 //! the system three quarters of the time that it takes to say as well whether something comes with them.
 //!
-//! A descriptor that comes with an IOTLB message nevertheless is closed by the system when the message is taken.
+//! A descriptor that comes with an IOTLB message nevertheless is closed by the system when the message is taken, or by
+//! the decoder, if the message came in pieces.
 //!
 //! What was handed out stays in the socket too, until the caller puts it away or much has come together. To take
 //! bytes wakes up a peer that sleeps on its end. A front-end that shares the processor with whoever answers it runs as
