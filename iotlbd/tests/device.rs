@@ -112,6 +112,24 @@ fn features_that_enable_a_started_ring_are_such_a_take() {
     bench.ack(Request::SetFeatures(features & !PROTOCOL_FEATURES));
 }
 
+/// Where user addresses are guest addresses the ring stays where it is when the IOMMU goes along.
+#[test]
+fn features_that_enable_a_ring_without_moving_it_are_such_a_take() {
+    const GUEST: u64 = 0x1_0000_0000;
+    let fd = memfd(4 * MIB);
+    let mut bench = Bench::net(&[(region(GUEST, 4 * MIB, GUEST), &fd)]);
+    bench.start_ring(0, GUEST, GUEST + 0x1000, GUEST + 0x1240);
+    assert_eq!(bench.device.table().stats().entries, 0, "nothing else is taken");
+    bench.instant_grace = false;
+    let features = bench.device.config().features & !virtio::ACCESS_PLATFORM;
+    let request = Request::SetFeatures(features & !virtio::PROTOCOL_FEATURES);
+    let code = harness::header(&request, true).request;
+    assert_eq!(bench.request(request, true), [], "a worker may be about to throw a packet away");
+    bench.grace();
+    assert_eq!(bench.replies(code), [ReplyPayload::U64(0)]);
+    assert!(target(&bench, GUEST + 0x1000).is_some(), "and without an IOMMU all of it is there");
+}
+
 #[test]
 fn stopping_a_ring_is_a_take_even_when_nothing_is_translated() {
     let (mut bench, _fd) = bench();

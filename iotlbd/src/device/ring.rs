@@ -305,10 +305,12 @@ impl Device {
                             && ring.started != at
                         {
                             ring.started = at;
-                            self.table.note_taken();
                             self.leave_pages(areas);
                         }
-                        self.publish_ring(index);
+                        // It lies elsewhere, or features enabled or disabled it: as with SET_VRING_ENABLE.
+                        if self.publish_ring(index) {
+                            self.table.note_taken();
+                        }
                     }
                     Ok(None) => {}
                     Err(error) => {
