@@ -490,12 +490,25 @@ fn the_base_is_the_used_index_even_when_its_translation_is_gone() {
 }
 
 #[test]
-fn without_a_translation_the_base_is_what_the_worker_said() {
-    let (mut bench, _fd) = bench();
-    bench.start_ring(0, DESC, AVAIL, USED);
+fn the_base_is_what_the_worker_said_when_the_used_index_cannot_be_read() {
+    let (mut bench, fd) = started();
+    rustix::fs::ftruncate(&fd, 0x1000).expect("shorter");
     bench.device.note_progress(0, 55);
     let reply = bench.request(Request::GetVringBase { index: 0 }, false);
     assert_eq!(reply, [ReplyPayload::VringState { index: 0, num: 55 }]);
+}
+
+#[test]
+fn what_a_worker_said_in_a_former_run_is_not_how_far_this_one_got() {
+    let (mut bench, fd) = started();
+    assert_eq!(rustix::io::pwrite(&fd, &500u16.to_le_bytes(), 0x2242), Ok(2));
+    let reply = bench.request(Request::GetVringBase { index: 0 }, false);
+    assert_eq!(reply, [ReplyPayload::VringState { index: 0, num: 500 }]);
+    // Its used ring never comes, so nobody does anything; the worker's word stays as it was.
+    bench.start_ring(0, DESC, AVAIL, USED);
+    bench.device.note_progress(0, 500);
+    let reply = bench.request(Request::GetVringBase { index: 0 }, false);
+    assert_eq!(reply, [ReplyPayload::VringState { index: 0, num: 0 }]);
 }
 
 #[test]

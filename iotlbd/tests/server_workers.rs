@@ -274,3 +274,25 @@ fn a_queue_is_handed_on_with_how_far_it_got() {
     assert_eq!(base(&second), 9);
     server.stop();
 }
+
+#[test]
+fn what_was_said_in_a_former_lease_is_not_said_in_the_next() {
+    let _watchdog = watchdog();
+    let server = Running::start();
+    let mut front_end = started_front_end(&server.front_end());
+    let worker = RawWorker::attach(&server.control());
+    let claim = |claim| {
+        say(&worker.socket, &WorkerMessage::ClaimQueues { claim, queues: vec![0] });
+        while !matches!(hear(&worker.socket), Ok((DaemonMessage::Lease(lease), _)) if lease.claim == claim) {}
+    };
+    let word = || worker.segment.progress[0].load(Ordering::Relaxed);
+    claim(1);
+    worker.segment.progress[0].store(PROGRESS_VALID | 500, Ordering::Relaxed);
+    claim(2);
+    assert_eq!(word(), PROGRESS_VALID | 500, "the lease goes on under another claim");
+    say(&worker.socket, &WorkerMessage::ReleaseQueue { queue: 0, claim: 2 });
+    claim(3);
+    assert_eq!(word(), 0);
+    assert_eq!(front_end.vring_base(0).expect("an answer"), 0);
+    server.stop();
+}

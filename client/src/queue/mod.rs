@@ -146,7 +146,8 @@ impl Queue {
         self.lease.generation.load(Ordering::Acquire)
     }
 
-    /// Notes how far the available ring was completely processed, for a successor that cannot read the used ring.
+    /// Notes how far the available ring was completely processed, for a successor that cannot read the used ring. Call
+    /// it inside the pin under which the used ring was written: what is said of a stopped ring counts for its next run.
     pub fn set_progress(&self, avail_index: u16) {
         if let Some(word) = self.attachment.shared().segment.progress.get(usize::from(self.lease.queue)) {
             // Release pairs with the daemon's acquire: the used ring was written before.

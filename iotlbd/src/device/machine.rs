@@ -209,7 +209,7 @@ impl Device {
     }
 
     /// The owner of `queue` says that it has completely processed all available entries before `avail_index`. Only used
-    /// when the used ring itself cannot be read.
+    /// when the used ring was in reach in this run and cannot be read: the word may be of a former run.
     pub fn note_progress(&mut self, queue: u16, avail_index: u16) {
         if let Some(ring) = self.rings.get_mut(usize::from(queue))
             && (ring.published.started || ring.unread)

@@ -84,7 +84,7 @@ pub(super) struct Ring {
     pub(super) unread: bool,
     /// Region and offset of the used index when its translation was last known.
     pub(super) used_index: Option<(u64, u64)>,
-    /// What a worker last said about how far it is; only used when the used index cannot be read.
+    /// What a worker last said about how far it is; only used when the used index was in reach and cannot be read.
     pub(super) progress: Option<u16>,
     /// What the table holds.
     pub(super) published: QueueRecord,
@@ -123,10 +123,11 @@ impl Ring {
     }
 
     /// How far it is: rings are served in order, so everything before the used index is done and everything after it is
-    /// to be taken again.
+    /// to be taken again. Where the used ring never was in reach nobody did anything in this run: what a worker says is
+    /// of a former one then.
     fn reached(&self, memory: &Memory) -> u16 {
-        let used = self.used_index.and_then(|(region, offset)| memory.read_u16(region, offset));
-        used.or(self.progress).unwrap_or(self.base)
+        let Some((region, offset)) = self.used_index else { return self.base };
+        memory.read_u16(region, offset).or(self.progress).unwrap_or(self.base)
     }
 
     /// Puts another kick descriptor in the place of the old one, which is returned, to be closed.

@@ -117,8 +117,12 @@ impl EventLoop {
                 }
                 let mut leased = Vec::new();
                 for queue in queues {
+                    let is_new = self.leases.get(queue).is_none();
                     let answer = match self.leases.claim(queue, id, claim) {
                         Ok(()) => {
+                            if is_new {
+                                self.clear_progress(id, queue);
+                            }
                             leased.push(queue);
                             Outgoing::Lease { queue, claim }
                         }
@@ -226,6 +230,16 @@ impl EventLoop {
                 // The low 16 bits are the index.
                 device.note_progress(queue, u16::try_from(word & 0xffff).unwrap_or(0));
             }
+        }
+    }
+
+    /// What the worker said in a former lease says nothing of the one that begins: others may have had the queue since.
+    fn clear_progress(&mut self, id: WorkerId, queue: u16) {
+        let word = self.registry.get_mut(id).and_then(|worker| worker.segment.progress.get(usize::from(queue)));
+        if let Some(word) = word {
+            // Relaxed: messages order it. The worker wrote last before it gave the queue back, which was heard before
+            // this claim, and writes again when it has heard of the lease.
+            word.store(0, Ordering::Relaxed);
         }
     }
 

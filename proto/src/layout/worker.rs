@@ -39,7 +39,8 @@ pub struct WorkerSegmentLayout {
     /// Misses.
     pub cells: [MissCell; CELL_CAPACITY],
     /// Per queue: how many available-ring heads were completely processed, as a running 16-bit index in the low
-    /// bits, with [`PROGRESS_VALID`] set. A fall-back; the used ring's own index is the commit point.
+    /// bits, with [`PROGRESS_VALID`] set. A fall-back; the used ring's own index is the commit point. Whose the queue
+    /// is writes it: the worker from the lease to the release, the daemon, which clears it, when it grants the lease.
     pub progress: [AtomicU64; QUEUE_CAPACITY],
 }
 
