@@ -27,6 +27,8 @@ const USED: u64 = 2 * PAGE_SIZE;
 /// The first buffer; every other page, so that no two become one request.
 const BUFFERS: u64 = 4 * PAGE_SIZE;
 const PACKET_LEN: u32 = 12 + 60;
+/// A buffer that begins in `page(20)` and ends in the next page.
+const ACROSS_PAGES: u64 = BUFFERS + 41 * PAGE_SIZE - 8;
 /// `flags` of a descriptor: another one follows; the device writes the buffer.
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -126,8 +128,9 @@ fn asked(daemon: &Daemon) -> Vec<Asked> {
     cells.into_iter().map(take).collect()
 }
 
+/// Answers with whole pages, as nearly every front-end.
 fn answer(daemon: &Daemon, request: Asked) {
-    let (.., range) = request;
+    let range = request.2.page_aligned();
     daemon.table().insert(range, range.first(), Access::READ).expect("room");
     say(daemon, request, Answer::Resolved);
 }
@@ -266,7 +269,7 @@ fn a_page_is_asked_for_once_although_it_gets_a_neighbour() {
     stage.post_at(&[page(20) + 2 * PAGE_SIZE], 0);
     assert_eq!(stage.run(), Step::Missing);
     let second = asked(&stage.daemon);
-    let rest = IovaRange::from_len(page(20) + PAGE_SIZE, 2 * PAGE_SIZE).expect("does not wrap");
+    let rest = IovaRange::from_len(page(20) + PAGE_SIZE, PAGE_SIZE + u64::from(PACKET_LEN)).expect("does not wrap");
     assert_eq!(second.iter().map(|(.., range)| *range).collect::<Vec<_>>(), [rest]);
     first.into_iter().chain(second).for_each(|request| answer(&stage.daemon, request));
     assert_eq!((stage.run(), stage.backlog.len()), (Step::Again, 4));
@@ -299,13 +302,54 @@ fn a_chain_does_not_fall_with_its_neighbour() {
     }
 }
 
+/// A front-end that knows these parts of pages and no others.
+fn answer_with_parts(daemon: &Daemon, known: &[IovaRange]) {
+    for request in asked(daemon) {
+        let (.., wanted) = request;
+        match known.iter().find(|part| part.covers(wanted)) {
+            Some(part) => {
+                daemon.table().insert(*part, part.first(), Access::READ).expect("room");
+                say(daemon, request, Answer::Resolved);
+            }
+            None => say(daemon, request, Answer::Denied),
+        }
+    }
+}
+
+#[test]
+fn of_a_page_of_which_the_front_end_has_a_part_only_that_is_asked_for() {
+    let part = |from: u64| IovaRange::from_len(page(20) + from, 0x200).expect("does not wrap");
+    // Alone in its page; before and behind one that nobody knows; in a chain with one in another part.
+    for (chains, known, packets) in [
+        (&[&[0x800][..]][..], &[part(0x800)][..], 1),
+        (&[&[0x800], &[0]], &[part(0x800)], 1),
+        (&[&[0], &[0x800]], &[part(0x800)], 1),
+        (&[&[0x800, 0xc00], &[0x400]], &[part(0x800), part(0xc00)], 1),
+        (&[&[0x800, 0x1000], &[0]], &[part(0x800), part(0x1000)], 1),
+    ] {
+        let mut stage = Stage::new();
+        for offsets in chains {
+            stage.post_at(&offsets.iter().map(|offset| page(20) + offset).collect::<Vec<_>>(), 0);
+        }
+        let mut rounds = 0;
+        while stage.used().len() < chains.len() {
+            stage.run();
+            answer_with_parts(&stage.daemon, known);
+            stage.wait();
+            rounds += 1;
+            assert!(rounds < 20, "{chains:x?}: asked for on and on");
+        }
+        assert_eq!(stage.backlog.len(), packets, "{chains:x?}");
+    }
+}
+
 #[test]
 fn what_an_earlier_ring_asked_for_says_nothing_of_a_chain_at_the_same_place() {
     let mut stage = Stage::new();
-    stage.post_at(&[page(20), page(20) + PAGE_SIZE], 0);
+    stage.post_at(&[ACROSS_PAGES], 0);
     assert_eq!(stage.run(), Step::Missing);
     let former = asked(&stage.daemon);
-    assert_eq!(pages(&former), [page(20)], "both pages in one request");
+    assert_eq!(pages(&former), [ACROSS_PAGES], "both pages in one request");
     // Set up anew before the lane saw it stop, with a chain that needs the first of them only.
     (stage.descriptors, stage.chains) = (0, 0);
     stage.post_at(&[page(20)], 0);
@@ -321,10 +365,10 @@ fn what_an_earlier_ring_asked_for_says_nothing_of_a_chain_at_the_same_place() {
 #[test]
 fn a_denial_counts_also_when_some_of_the_request_has_come() {
     let mut stage = Stage::new();
-    stage.post_at(&[page(20), page(20) + PAGE_SIZE], 0);
+    stage.post_at(&[ACROSS_PAGES], 0);
     assert_eq!(stage.run(), Step::Missing);
     let requests = asked(&stage.daemon);
-    assert_eq!(pages(&requests), [page(20)], "both pages in one request");
+    assert_eq!(pages(&requests), [ACROSS_PAGES], "both pages in one request");
     stage.daemon.map(page(20), PAGE_SIZE, page(20), Access::READ);
     assert_eq!((stage.run(), asked(&stage.daemon)), (Step::Missing, vec![]), "it is still under way for the second");
     say(&stage.daemon, requests[0], Answer::Denied);
@@ -444,7 +488,7 @@ fn a_lane_whose_pages_do_not_come_keeps_no_other_from_being_waited_for() {
     assert_eq!(pair.serve(&mut reader, attachment.counters()).expect("alive"), Next::Event, "both wait for pages");
     let (packet, tables): (Vec<Asked>, Vec<Asked>) =
         asked(&daemon).into_iter().partition(|(.., range)| range.first() == page(0));
-    assert_eq!((packet.len(), tables.len()), (1, 2), "a buffer; what is read of the tables, and what is written");
+    assert_eq!((packet.len(), tables.len()), (1, 3), "a buffer, and the tables");
     tables.into_iter().for_each(|request| say(&daemon, request, Answer::TimedOut));
     packet.into_iter().for_each(|request| answer(&daemon, request));
     assert_eq!(pair.wait(&mut reader).expect("alive"), Next::Now, "one may not, the other may go on");

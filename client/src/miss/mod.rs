@@ -91,6 +91,6 @@ impl From<Down> for RequestError {
 }
 
 /// Pages that a range touches.
-fn pages(range: IovaRange) -> u64 {
+pub(crate) fn pages(range: IovaRange) -> u64 {
     (range.last() >> PAGE_SHIFT) - (range.first() >> PAGE_SHIFT) + 1
 }

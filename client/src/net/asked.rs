@@ -1,7 +1,8 @@
 //! What a lane asked the daemon for, and how much of it the lane waits for.
 
-use iotlb_proto::iova::{PAGE_SHIFT, PAGE_SIZE};
+use iotlb_proto::iova::PAGE_MASK;
 
+use crate::miss::pages;
 use crate::queue::vring::{Miss, MissPlace, MissSet};
 use crate::{Access, Answer, Reader, RequestError, ResolveError, Ticket};
 
@@ -60,12 +61,16 @@ impl Refusal {
     /// is needed may have been denied for what lies there: such a denial says nothing yet, and what is needed is asked
     /// for by itself.
     fn of(answer: Answer, request: &Request, set: &MissSet) -> Option<Refusal> {
-        let mut needed = set.required().iter().filter(|miss| miss.range().overlaps(request.miss.range()));
+        let of_its_pages = |miss: &&Miss| touches(&request.miss, miss);
+        let mut needed = set.required().iter().filter(of_its_pages);
         match answer {
             Answer::Resolved => None,
             Answer::Denied | Answer::Invalid => {
-                // Nor does a request for more than what is wanted there by now.
+                // Nor does a request for more than what is wanted there by now, or for other bytes of the page.
                 let counts = |miss: &&Miss| {
+                    if !miss.range().overlaps(request.miss.range()) {
+                        return false;
+                    }
                     let is_for_it = request.required_by == Some(set.place) || miss.range().covers(request.miss.range());
                     is_for_it && miss.access.allows(request.miss.access)
                 };
@@ -76,9 +81,14 @@ impl Refusal {
     }
 }
 
-/// Whether a request for `asked` is one for all of `miss`.
+/// Whether a request for `asked` is one for all pages of `miss`: nearly always whole pages come.
 fn answers(asked: &Miss, miss: &Miss) -> bool {
-    asked.range().covers(miss.range()) && asked.access.allows(miss.access)
+    asked.range().page_aligned().covers(miss.range()) && asked.access.allows(miss.access)
+}
+
+/// Whether the two have pages in common.
+fn touches(asked: &Miss, miss: &Miss) -> bool {
+    asked.range().page_aligned().overlaps(miss.range().page_aligned())
 }
 
 impl Asked {
@@ -165,31 +175,31 @@ impl Asked {
 
     /// Adds those parts of `miss` to `new` that no request is out for.
     fn add_unasked(&self, miss: &Miss, new: &mut Vec<Miss>) {
-        let near: Vec<&Miss> = self
-            .requests
-            .iter()
-            .map(|asked| &asked.miss)
-            .filter(|asked| asked.range().overlaps(miss.range()))
-            .collect();
+        let near: Vec<&Miss> =
+            self.requests.iter().map(|asked| &asked.miss).filter(|asked| touches(asked, miss)).collect();
         if near.is_empty() {
             new.push(*miss);
             return;
         }
         let begin = new.len();
-        for number in 0..miss.len >> PAGE_SHIFT {
-            let page = Miss { iova: miss.iova + (number << PAGE_SHIFT), len: PAGE_SIZE, access: miss.access };
-            if near.iter().any(|asked| answers(asked, &page)) {
+        let last_of_all = miss.range().last();
+        let mut at = Some(miss.iova);
+        while let Some(first) = at {
+            let last = (first | PAGE_MASK).min(last_of_all);
+            at = last.checked_add(1).filter(|next| *next <= last_of_all);
+            let part = Miss { iova: first, len: last - first + 1, access: miss.access };
+            if near.iter().any(|asked| answers(asked, &part)) {
                 continue;
             }
             match new[begin..].last_mut() {
-                Some(part) if part.iova + part.len == page.iova => part.len += PAGE_SIZE,
-                _ => new.push(page),
+                Some(before) if before.iova + before.len == part.iova => before.len += part.len,
+                _ => new.push(part),
             }
         }
     }
 
     fn overlapping(&self, miss: &Miss) -> Option<usize> {
-        self.requests.iter().rposition(|request| request.miss.range().overlaps(miss.range()))
+        self.requests.iter().rposition(|request| touches(&request.miss, miss))
     }
 }
 
@@ -197,10 +207,10 @@ impl Asked {
 /// [`PAGES_WAITED_FOR`] if that is more. But not for the last of several that are outstanding: the front-end works on
 /// that one while the ring is looked at for what was posted meanwhile, and so does not run out of work.
 fn awaited(set: &MissSet, outstanding: &[bool]) -> usize {
-    let mut pages = 0;
+    let mut count = 0;
     let enough = set.misses.iter().position(|miss| {
-        pages += miss.len >> PAGE_SHIFT;
-        pages >= PAGES_WAITED_FOR
+        count += pages(miss.range());
+        count >= PAGES_WAITED_FOR
     });
     let count = enough.map_or(set.misses.len(), |last| last + 1).max(set.required);
     let mut waiting = (0..count).rev().filter(|number| outstanding.get(*number) == Some(&true));

@@ -367,7 +367,7 @@ impl Lane {
         if place == MissPlace::Tables && self.ring.denied(iova, access, record) {
             return Step::Again;
         }
-        self.give_up(place, &format!("page {iova:#x} ({access})"), "was denied", queue_generation)
+        self.give_up(place, &format!("bytes at {iova:#x} ({access})"), "were denied", queue_generation)
     }
 
     /// The ring, or one of its chains, is of no use for now.

@@ -1,28 +1,36 @@
 //! Why a ring operation did not happen.
 
 use iotlb_proto::access::Access;
-use iotlb_proto::iova::{IovaRange, PAGE_SIZE};
+use iotlb_proto::iova::IovaRange;
 use iotlb_proto::layout::worker::CELL_PAGES_MAX;
+
+use crate::miss::pages;
 
 /// Misses one fault lists at most: a quarter of the miss cells that all threads of a worker share.
 pub(super) const MISSES_MAX: usize = 64;
 
-/// Pages to ask for: at most [`CELL_PAGES_MAX`], so that one request holds them.
+/// Bytes to ask for, in at most [`CELL_PAGES_MAX`] pages, so that one request holds them. Not whole pages: a front-end
+/// may have a translation for a part of one, and deny the whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Miss {
-    /// First address, page-aligned.
+    /// First address.
     pub iova: u64,
-    /// Bytes, whole pages.
+    /// Bytes.
     pub len: u64,
     /// What the ring wants to do there.
     pub access: Access,
 }
 
 impl Miss {
+    pub(super) fn of(range: IovaRange, access: Access) -> Miss {
+        // In a few pages, so adding one does not overflow.
+        Miss { iova: range.first(), len: range.len_minus_one() + 1, access }
+    }
+
     /// The addresses.
     #[must_use]
     pub fn range(&self) -> IovaRange {
-        // A miss is made from whole pages below 2^64, so the fall-back is never taken.
+        // A miss is neither empty nor wraps, so the fall-back is never taken.
         IovaRange::from_len(self.iova, self.len).unwrap_or(IovaRange::page_of(self.iova))
     }
 }
@@ -172,36 +180,44 @@ pub enum RingFault {
     Broken(#[from] Broken),
 }
 
-/// Collects missing pages; neighbours with the same access become one miss.
+/// Collects what is missing; neighbours with the same access become one miss. Of several things in one page the first
+/// is asked for: nearly always the whole page comes with it, and the rest is asked for after that otherwise.
 #[derive(Debug, Default)]
 pub(super) struct MissList {
     misses: Vec<Miss>,
-    /// So many of them do not grow any more.
-    sealed: usize,
+    /// So many of them do not grow any more. `None`: what the next try needs is still being listed.
+    sealed: Option<usize>,
 }
 
 impl MissList {
-    pub(super) fn push(&mut self, iova: u64, access: Access) {
-        let page = IovaRange::page_of(iova);
-        if self.misses.iter().any(|m| m.range().covers(page) && m.access.allows(access)) {
+    /// Adds bytes of one page.
+    pub(super) fn push(&mut self, bytes: IovaRange, access: Access) {
+        let is_listed = |miss: &Miss| miss.range().page_aligned().covers(bytes) && miss.access.allows(access);
+        if self.misses.iter().any(is_listed) {
             return;
         }
-        if let Some(last) = self.misses[self.sealed..].last_mut()
+        if let Some(last) = self.misses[self.sealed.unwrap_or(0)..].last_mut()
             && last.access == access
-            && last.range().last().checked_add(1) == Some(page.first())
-            && last.len < CELL_PAGES_MAX * PAGE_SIZE
+            && let Some(both) = IovaRange::new(last.iova, bytes.last())
+            && pages(both) <= CELL_PAGES_MAX
         {
-            last.len += PAGE_SIZE;
-            return;
+            // What is needed must not be denied for what lies between. A wish that is denied says nothing, so pages
+            // that are neighbours make one: buffers seldom fill theirs.
+            let by_pages = |range: IovaRange| if self.sealed.is_some() { range.page_aligned() } else { range };
+            let (end, begin) = (by_pages(last.range()).last(), by_pages(bytes).first());
+            if end.checked_add(1) == Some(begin) {
+                *last = Miss::of(both, access);
+                return;
+            }
         }
         if !self.is_full() {
-            self.misses.push(Miss { iova: page.first(), len: PAGE_SIZE, access });
+            self.misses.push(Miss::of(bytes, access));
         }
     }
 
     /// What comes from now on becomes misses of its own: whoever waits for those before must not wait for it as well.
     pub(super) fn seal(&mut self) {
-        self.sealed = self.misses.len();
+        self.sealed = Some(self.misses.len());
     }
 
     pub(super) fn is_full(&self) -> bool {
@@ -219,20 +235,57 @@ impl MissList {
 
 #[cfg(test)]
 mod tests {
+    use iotlb_proto::iova::PAGE_SIZE;
+
     use super::*;
+
+    fn bytes(first: u64, last: u64) -> IovaRange {
+        IovaRange::new(first, last).expect("in order")
+    }
+
+    fn found(list: MissList) -> Vec<IovaRange> {
+        list.into_set(1, MissPlace::Tables).misses.iter().map(Miss::range).collect()
+    }
 
     #[test]
     fn neighbours_are_one_miss_but_not_across_a_seal() {
         let mut list = MissList::default();
         for page in [4, 5, 6] {
-            list.push(page * PAGE_SIZE, Access::READ);
+            list.push(IovaRange::page_of(page * PAGE_SIZE), Access::READ);
         }
         list.seal();
         for page in [7, 5, 8] {
-            list.push(page * PAGE_SIZE, Access::READ);
+            list.push(IovaRange::page_of(page * PAGE_SIZE), Access::READ);
         }
-        let found = list.into_set(1, MissPlace::Tables).misses;
-        let miss = |page, pages| Miss { iova: page * PAGE_SIZE, len: pages * PAGE_SIZE, access: Access::READ };
-        assert_eq!(found, [miss(4, 3), miss(7, 2)]);
+        assert_eq!(found(list), [bytes(0x4000, 0x6fff), bytes(0x7000, 0x8fff)]);
+    }
+
+    #[test]
+    fn what_is_needed_has_no_bytes_between_and_wishes_are_joined_by_pages() {
+        let mut list = MissList::default();
+        for _ in 0..2 {
+            for (first, last) in
+                [(0x1800, 0x1fff), (0x2000, 0x20ff), (0x2800, 0x28ff), (0x3000, 0x30ff), (0x4100, 0x41ff)]
+            {
+                list.push(bytes(first, last), Access::READ);
+            }
+            list.seal();
+            for (first, last) in [(0x4800, 0x48ff), (0x8100, 0x81ff), (0x9100, 0x91ff), (0x9800, 0x98ff)] {
+                list.push(bytes(first, last), Access::READ);
+            }
+        }
+        let needed = [bytes(0x1800, 0x20ff), bytes(0x3000, 0x30ff), bytes(0x4100, 0x41ff)];
+        assert_eq!(found(list), [&needed[..], &[bytes(0x8100, 0x91ff)]].concat());
+    }
+
+    #[test]
+    fn one_request_holds_a_miss_that_begins_within_a_page() {
+        let mut list = MissList::default();
+        list.seal();
+        for page in 0..2 * CELL_PAGES_MAX {
+            list.push(bytes(page * PAGE_SIZE + 8, page * PAGE_SIZE + 15), Access::READ);
+        }
+        let end = CELL_PAGES_MAX * PAGE_SIZE;
+        assert_eq!(found(list), [bytes(8, end - PAGE_SIZE + 15), bytes(end + 8, 2 * end - PAGE_SIZE + 15)]);
     }
 }

@@ -239,11 +239,16 @@ pub(super) fn translate_or_list<M: RingMemory + ?Sized>(
     let Some(range) = IovaRange::from_len(iova, len) else {
         return Err(Broken::Wrapped { iova, len }.into());
     };
+    // From the first missing byte to the end of its page, as far as it is wanted.
+    let missing = |iova| {
+        let page = IovaRange::page_of(iova);
+        IovaRange::new(iova, page.last().min(range.last())).unwrap_or(page)
+    };
     // Neither empty nor wrapped, so an invalid one lies in memory that is not mapped here.
     let unmapped = || RingFault::Unmapped { iova, len, place };
     match memory.translate_pieces(iova, len, access, visit) {
         Ok(()) => return Ok(true),
-        Err(Fault::Miss { iova, access }) => misses.push(iova, access),
+        Err(Fault::Miss { iova, access }) => misses.push(missing(iova), access),
         Err(Fault::Remapping) => return Err(RingFault::Remapping),
         Err(Fault::Invalid) => return Err(unmapped()),
     }
@@ -253,7 +258,7 @@ pub(super) fn translate_or_list<M: RingMemory + ?Sized>(
         match memory.translate_pieces(at, range.last() - at + 1, access, &mut |_| ()) {
             Ok(()) => break,
             Err(Fault::Miss { iova, access }) => {
-                misses.push(iova, access);
+                misses.push(missing(iova), access);
                 let page = IovaRange::page_of(iova);
                 if page.last() >= range.last() || page.last() < at {
                     break;

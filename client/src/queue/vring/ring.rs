@@ -125,7 +125,7 @@ impl Vring {
     pub fn denied(&mut self, iova: u64, access: Access, record: &QueueRecord) -> bool {
         let len = used_len(record.size, true) as u64;
         let in_used = IovaRange::from_len(record.used, len).is_some_and(|used| {
-            // A miss names whole pages, so compare pages.
+            // Who asked for more than the miss named asked for its page.
             used.page_aligned().contains(iova)
         });
         let retry = in_used && access == Access::READ_WRITE && !self.state.used_write_only;
