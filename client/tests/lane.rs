@@ -405,6 +405,21 @@ fn a_denial_is_not_lost_in_the_wait_for_a_wish() {
     assert_eq!((stage.run(), stage.used()), (Step::Missing, vec![0]), "the first chain went back");
 }
 
+#[test]
+fn an_answer_that_takes_long_is_looked_for_while_others_are_served() {
+    let mut stage = Stage::new();
+    stage.post(1);
+    assert_eq!(stage.run(), Step::Missing);
+    let requests = asked(&stage.daemon);
+    assert_eq!(stage.wait(), Some(Step::Again), "it is somebody else's turn");
+    assert_eq!((stage.run(), asked(&stage.daemon)), (Step::Missing, vec![]), "it is still under way");
+    let step = stage.wait();
+    assert!(matches!(step, Some(Step::Later(_))), "{step:?}: no sleep for the second time, and no round without end");
+    answer(&stage.daemon, requests[0]);
+    wait_until("the packet", || stage.run() == Step::Again);
+    assert_eq!(stage.backlog.len(), 1);
+}
+
 /// A region that the worker could not map: its file is too short.
 const UNMAPPED: u64 = 32 << 20;
 

@@ -3,12 +3,17 @@
 mod net_support;
 mod support;
 
+use iotlb_client::Answer;
 use iotlb_proto::control::WorkerMessage;
 use iotlb_proto::iova::PAGE_SIZE;
+use iotlb_proto::sync::Ordering;
+use iotlb_proto::table::QueueRecord;
+use iotlb_proto::worker::cell::posted_state;
 use net_support::{
-    AVAIL, Bells, GUEST, NEIGHBOUR, PAGES, RINGS, SIZE, Socket, Stage, checksum, fragment, ping, terminate,
+    AVAIL, BUFFERS, Bells, GUEST, NEIGHBOUR, PAGES, RINGS, SIZE, Socket, Stage, WITHHELD, checksum, fragment, ping,
+    terminate,
 };
-use support::Memory;
+use support::{Memory, wait_until};
 
 #[test]
 fn pings_are_answered_through_cold_tables_and_sigterm_ends_it() {
@@ -93,5 +98,61 @@ fn a_broken_ring_rests_until_it_is_set_up_anew() {
     stage.bells[1].kick();
     stage.wait_received(1);
     assert_eq!(&stage.received(0)[42..], b"again");
+    terminate(worker);
+}
+
+/// The second pair's sending ring, in pages where the first one's buffers would be.
+const SECOND: u64 = RINGS[1] + BUFFERS + 70 * PAGE_SIZE;
+
+#[test]
+fn a_pair_is_served_while_another_ones_page_does_not_come() {
+    let socket = Socket::new();
+    let worker = socket.worker(&["--queues", "0,1,2,3", "--echo"]);
+    let mut stage = Stage::attach_part(&socket, Memory::new(PAGES * PAGE_SIZE), &[0, 1, 2, 3]);
+    stage.post_receive_buffers(100);
+    stage.send(&fragment(0, &ping(b"warm")));
+    stage.bells[1].kick();
+    stage.wait_received(1);
+    // A buffer that is withheld, in a ring that is polled.
+    let [avail, used] = [SECOND + PAGE_SIZE, SECOND + 2 * PAGE_SIZE];
+    stage.write(SECOND, &[&WITHHELD.to_le_bytes()[..], &100_u32.to_le_bytes(), &[0; 4]].concat());
+    stage.write(avail + 2, &1_u16.to_le_bytes());
+    let session_generation = stage.session;
+    let (started, enabled, size) = (true, true, SIZE);
+    let record = QueueRecord { started, enabled, size, desc: SECOND, avail, used, base: 0, session_generation };
+    stage.daemon.table().publish_queue(3, &record);
+
+    let mut known: Vec<(usize, u32)> = Vec::new();
+    // Cell and ticket of a miss for it that is not known.
+    let miss = |stage: &Stage, known: &[(usize, u32)]| {
+        let cells = stage.daemon.segment.cells.iter().enumerate();
+        let mut withheld = cells.filter(|(_, cell)| cell.first.load(Ordering::SeqCst) == WITHHELD);
+        withheld.find_map(|(at, cell)| {
+            let state = cell.state.load(Ordering::SeqCst);
+            let miss = (at, state >> 8);
+            (state == posted_state(miss.1) && !known.contains(&miss)).then_some(miss)
+        })
+    };
+    let is_given_back = |stage: &Stage| stage.read(used + 2, 2) == [1, 0];
+    // A miss that is given up when its time is over, and asked for again, was waited for while nobody was served. Where
+    // the host is so slow that it is over anyway there is another try.
+    for received in 2..12 {
+        wait_until("a miss", || miss(&stage, &known).is_some());
+        let (at, ticket) = miss(&stage, &known).expect("it is not answered");
+        known.push((at, ticket));
+        stage.send(&fragment(0, &ping(b"hello")));
+        stage.bells[1].kick();
+        stage.wait_received(received);
+        // Only now the front-end says no. Nobody who gave it up hears that.
+        let cell = &stage.daemon.segment.cells[at];
+        if cell.store_answer(ticket, Answer::Denied) {
+            rustix::thread::futex::wake(&cell.state, rustix::thread::futex::Flags::empty(), 1).expect("wake");
+        }
+        wait_until("its chain or another miss", || is_given_back(&stage) || miss(&stage, &known).is_some());
+        if is_given_back(&stage) {
+            break;
+        }
+    }
+    assert!(is_given_back(&stage), "the second pair's miss was given up each time before the first pair was served");
     terminate(worker);
 }

@@ -1,5 +1,7 @@
 //! What a lane asked the daemon for, and how much of it the lane waits for.
 
+use std::time::{Duration, Instant};
+
 use iotlb_proto::iova::PAGE_MASK;
 
 use crate::miss::pages;
@@ -8,7 +10,16 @@ use crate::{Access, Answer, Reader, RequestError, ResolveError, Ticket};
 
 /// How long a miss may take. Below half of the time after which the daemon revokes a stalled reader, although nobody
 /// waits pinned: the ring stands still meanwhile.
-const MISS_TIMEOUT_MS: u32 = 400;
+const MISS_TIMEOUT: Duration = Duration::from_millis(400);
+
+/// So long the thread sleeps on an answer, once, and serves nobody else: most come far sooner, and nobody hears them
+/// quicker. A busy host keeps others waiting as long. Then they are served, and the answer is looked for in between.
+const SLEEP_MS: u32 = 2;
+
+/// From one look for a late answer to the next, while nothing else happens: at least this,
+const LOOK_PAUSE_MIN: Duration = Duration::from_millis(1);
+/// and this part of the time that the answer has taken so far. Some fifty looks find it within an eighth of its time.
+const LOOK_PAUSE_PART: u32 = 8;
 
 /// Pages waited for at a time, when fewer are needed at once: to be woken up for each page costs more than the page.
 /// Not more, so that what is complete is not kept from the driver, which may have to see it before it posts more.
@@ -20,6 +31,8 @@ pub(super) struct Asked {
     requests: Vec<Request>,
     /// Queue records were these.
     queue_generation: u64,
+    /// Since when there was a wait without any answer.
+    waiting_since: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -38,6 +51,10 @@ pub(super) enum Waited {
     Answered,
     /// There was nothing to wait for: other lanes or threads have all cells.
     Nothing,
+    /// Nothing came yet, and others have waited: it is their turn.
+    NotYet,
+    /// Nor since then. Look again at this time, or when there is something else to do.
+    Look(Instant),
     /// What the ring needs does not come.
     Refused(Refusal),
 }
@@ -100,21 +117,25 @@ impl Asked {
             Some((at, Refusal::of(answer, request, set)?))
         });
         let (at, refusal) = refusals.min_by_key(|(_, refusal)| *refusal == Refusal::Unanswered)?;
-        self.requests.swap_remove(at);
+        self.remove(at);
         Some(refusal)
     }
 
     /// Forgets what was answered, denials included: those of what a set needs are to be taken before, and what was only
     /// a wish is asked for again when its turn comes.
     pub(super) fn forget_answered(&mut self, reader: &mut Reader) {
+        let before = self.requests.len();
         self.requests.retain_mut(|request| reader.poll(&mut request.ticket).is_none());
+        if self.requests.len() < before {
+            self.waiting_since = None;
+        }
     }
 
     /// Forgets what was asked for under other queue records: what a ring that was set up since has at the same place
     /// may need less.
     pub(super) fn keep_of(&mut self, queue_generation: u64) {
         if self.queue_generation != queue_generation {
-            *self = Asked { requests: Vec::new(), queue_generation };
+            *self = Asked { queue_generation, ..Asked::default() };
         }
     }
 
@@ -141,7 +162,7 @@ impl Asked {
         Ok(())
     }
 
-    /// Waits for as much of `set` as [`awaited`] says.
+    /// Waits for as much of `set` as [`awaited`] says, but sleeps only once until something comes.
     ///
     /// # Errors
     /// [`ResolveError::DaemonDead`] and [`ResolveError::Revoked`] only.
@@ -152,15 +173,27 @@ impl Asked {
         // From the last on: answers come in order, so this mostly sleeps once.
         for miss in set.misses[..count].iter().rev() {
             while let Some(at) = self.overlapping(miss) {
-                waited = Waited::Answered;
-                let mut request = self.requests.swap_remove(at);
-                // Of what is needed, not only of what is waited for: it may be both.
-                let refusal = match reader.wait(&mut request.ticket, MISS_TIMEOUT_MS) {
-                    Ok(answer) => Refusal::of(answer, &request, set),
-                    Err(error @ (ResolveError::DaemonDead | ResolveError::Revoked)) => return Err(error),
-                    Err(_) => Refusal::of(Answer::TimedOut, &request, set),
+                let ticket = &mut self.requests[at].ticket;
+                let answer = match self.waiting_since {
+                    Some(_) => reader.poll(ticket),
+                    None => {
+                        self.waiting_since = Some(Instant::now());
+                        match reader.wait(ticket, SLEEP_MS) {
+                            Ok(answer) => Some(answer),
+                            Err(error @ (ResolveError::DaemonDead | ResolveError::Revoked)) => return Err(error),
+                            Err(_) if waited == Waited::Nothing => return Ok(Waited::NotYet),
+                            Err(_) => None,
+                        }
+                    }
                 };
-                match refusal {
+                let Some(answer) = answer else {
+                    // What came may be enough for some.
+                    return Ok(if waited == Waited::Answered { waited } else { self.still_waits(reader, set, at) });
+                };
+                waited = Waited::Answered;
+                let request = self.remove(at);
+                // Of what is needed, not only of what is waited for: it may be both.
+                match Refusal::of(answer, &request, set) {
                     None => {}
                     Some(Refusal::Unanswered) => {
                         let denied = self.take_refusal(reader, set);
@@ -171,6 +204,27 @@ impl Asked {
             }
         }
         Ok(waited)
+    }
+
+    /// The request at `at` has no answer, and was slept for already.
+    fn still_waits(&mut self, reader: &mut Reader, set: &MissSet, at: usize) -> Waited {
+        let now = Instant::now();
+        let since = *self.waiting_since.get_or_insert(now);
+        let waited = now.duration_since(since);
+        if waited < MISS_TIMEOUT {
+            return Waited::Look(now + LOOK_PAUSE_MIN.max(waited / LOOK_PAUSE_PART));
+        }
+        let request = self.remove(at);
+        match Refusal::of(Answer::TimedOut, &request, set) {
+            Some(refusal) => Waited::Refused(self.take_refusal(reader, set).unwrap_or(refusal)),
+            None => Waited::Answered,
+        }
+    }
+
+    /// Takes out a request that is not waited for any more.
+    fn remove(&mut self, at: usize) -> Request {
+        self.waiting_since = None;
+        self.requests.swap_remove(at)
     }
 
     /// Adds those parts of `miss` to `new` that no request is out for.

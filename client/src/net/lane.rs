@@ -325,6 +325,7 @@ impl Lane {
     }
 
     /// Waits for some of what the last run missed; `None` at once if it missed nothing, or was waited for already.
+    /// Sleeps for some milliseconds at most, and not again before something came: others want to be served, too.
     ///
     /// # Errors
     ///
@@ -340,6 +341,10 @@ impl Lane {
             }
             Ok(Waited::Refused(refusal)) => self.refused(&missing, refusal),
             Ok(Waited::Nothing) => self.pause(),
+            Ok(later @ (Waited::NotYet | Waited::Look(_))) => {
+                self.missing = Some(missing);
+                if let Waited::Look(time) = later { Step::Later(time) } else { Step::Again }
+            }
             Err(ResolveError::DaemonDead) => return Err(Lost::DaemonDead),
             Err(ResolveError::Revoked) => return Err(Lost::Revoked),
             Err(_) => self.pause(),

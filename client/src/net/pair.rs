@@ -202,9 +202,9 @@ impl Pair {
         Ok(next)
     }
 
-    /// Waits for what queues missed, until one of them can go on. To be called when there is nothing else to do:
-    /// packets that are complete have left, and all that is missing was asked for; answers ring no bell that
-    /// [`Next::Event`] could mean.
+    /// Waits for what queues missed, until one of them can go on or it is somebody else's turn. To be called when there
+    /// is nothing else to do: packets that are complete have left, and all that is missing was asked for; answers ring
+    /// no bell that [`Next::Event`] could mean, so for one that takes long [`Next::At`] says when to look.
     ///
     /// # Errors
     ///

@@ -33,6 +33,8 @@ pub const BUFFER_LEN: u32 = 2048;
 pub const NEIGHBOUR: [u8; 6] = *b"\x02iotlb";
 pub const GUEST: [u8; 6] = [2, 0, 0, 0, 0, 1];
 pub const HEADER: usize = 12;
+/// A page that nobody is told of, neither that it is there nor that it is not.
+pub const WITHHELD: u64 = 0x3000_0000;
 
 /// Where workers find the daemon.
 pub struct Socket {
@@ -205,6 +207,9 @@ impl Stage {
         let pages = self.pages.clone();
         // Ends with the test's process.
         drop(self.daemon.serve_misses(move |table, request| {
+            if request.range.first() == WITHHELD {
+                return Next::Silence;
+            }
             let mut granted = true;
             let mut page = request.range.first() & !(PAGE_SIZE - 1);
             while page <= request.range.last() {
