@@ -86,12 +86,10 @@ pub unsafe extern "C" fn iotlb_attach_socket(
     options: *const iotlb_attach_options,
     attachment: *mut *mut iotlb_attachment,
 ) -> iotlb_status {
-    let socket = match owned(socket) {
-        Ok(socket) => socket,
-        Err(failure) => return told(Err(failure)),
-    };
+    // Before all else, so that it is closed whatever comes; what is wrong with it is said where the result has a place.
+    let socket = owned(socket);
     // SAFETY: the caller's promise, for all of them.
-    told(unsafe { give(attachment, || adopt(socket, options)) })
+    told(unsafe { give(attachment, || adopt(socket?, options)) })
 }
 
 /// Releases an attachment. The device is left when its last reader, request and queue are released as well; whoever

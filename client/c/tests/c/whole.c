@@ -2,6 +2,7 @@
  * Every function of the header, against the daemon of tests/c_worker.rs, which knows what comes next: whole SOCKET.
  * Ends with status 1 at the first thing that is not as it should be, and says where.
  */
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -106,6 +107,16 @@ static void children(iotlb_reader *reader)
 	iotlb_unpin(reader);
 }
 
+/* What is no socket of a daemon's: whoever cleans up finds nothing to detach, and nothing to close. */
+static void socket_is_taken(int fd, iotlb_status expected)
+{
+	iotlb_attachment *device = (iotlb_attachment *)&lines;
+
+	IS(expected, iotlb_attach_socket(fd, NULL, &device));
+	CHECK(device == NULL && fcntl(fd, F_GETFD) == -1);
+	iotlb_detach(device);
+}
+
 /* What must do nothing, and say so. */
 static void nothing_is_refused(void)
 {
@@ -118,12 +129,17 @@ static void nothing_is_refused(void)
 	size_t count = 7;
 	void *address = &lines;
 	iotlb_range range = { 0, 1 };
+	int ends[2];
 
 	IS(IOTLB_INVALID, iotlb_attach(NULL, NULL, &device));
 	CHECK(device == NULL && strstr(iotlb_last_error(), "NULL") != NULL);
 	IS(IOTLB_INVALID, iotlb_attach("/nowhere", NULL, NULL));
-	IS(IOTLB_INVALID, iotlb_attach_socket(-1, NULL, &device));
-	IS(IOTLB_INVALID, iotlb_attach_socket(100000, NULL, &device));
+	socket_is_taken(-1, IOTLB_INVALID);
+	socket_is_taken(100000, IOTLB_INVALID);
+	CHECK(pipe(ends) == 0);
+	socket_is_taken(ends[0], IOTLB_FAILED);
+	IS(IOTLB_INVALID, iotlb_attach_socket(ends[1], NULL, NULL));
+	CHECK(fcntl(ends[1], F_GETFD) == -1);
 	IS(IOTLB_NO_DAEMON, iotlb_attach("/nowhere", NULL, &device));
 	CHECK(strstr(iotlb_last_error(), "/nowhere") != NULL);
 	IS(IOTLB_INVALID, iotlb_attach("", NULL, &device));
