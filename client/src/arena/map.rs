@@ -14,11 +14,16 @@ use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use iotlb_proto::iova::PAGE_SIZE;
+use rustix::fs::{FsWord, fstatfs};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 /// Alignment of a reservation in bytes: that of the largest huge page in use, so that regions on 1 GiB `hugetlbfs`
 /// pages can be mapped at any arena offset that is itself so aligned.
 const ALIGNMENT: usize = 1 << 30;
+
+/// `HUGETLBFS_MAGIC` of `linux/magic.h`.
+const HUGETLBFS_MAGIC: FsWord = 0x9584_58f6;
 
 /// What may be done with a file that is mapped.
 const FILE_ACCESS: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
@@ -89,10 +94,14 @@ impl Reservation {
     }
 
     /// Makes `len` bytes of `file` from `file_offset` reachable at `offset`, shared, for reading and writing.
-    /// Replaces what was there, unless the file cannot be mapped like that. The caller checked that the file is that
-    /// long: an access past its end is a SIGBUS.
+    /// Replaces what was there, unless the file cannot be mapped like that. `len` is a multiple of the file's
+    /// [`unit_of`]. The caller checked that the file is that long: an access past its end is a SIGBUS.
     pub(crate) fn map_file(&self, offset: usize, len: usize, file: BorrowedFd<'_>, file_offset: u64) -> io::Result<()> {
         let at = self.at(offset, len)?;
+        // The kernel would map more than `len`: over what lies behind, which may not even be in the reservation.
+        if !(len as u64).is_multiple_of(unit_of(file)?) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a part of a huge page cannot be mapped"));
+        }
         if self.kept(offset, len).first() != Some(&(offset..offset + len)) {
             let reason = "the place was lost when an mmap failed half way; restart this worker";
             return Err(io::Error::new(io::ErrorKind::AddrInUse, reason));
@@ -204,9 +213,18 @@ impl Drop for Reservation {
     }
 }
 
+/// What mappings of a file consist of, in bytes. Of a file on huge pages the kernel maps whole ones: it rounds the
+/// length up by itself, in `mmap` only. Asked to unmap, replace or advise a part of one, it refuses, and the mapping
+/// stays. The block size alone does not tell: a `tmpfs` that likes huge pages names them too, and maps small ones.
+pub(crate) fn unit_of(file: BorrowedFd<'_>) -> io::Result<u64> {
+    let system = fstatfs(file)?;
+    let unit = if system.f_type == HUGETLBFS_MAGIC { u64::try_from(system.f_bsize).unwrap_or(0) } else { PAGE_SIZE };
+    if unit.is_power_of_two() { Ok(unit) } else { Err(io::ErrorKind::InvalidData.into()) }
+}
+
 /// Maps the file where the kernel likes, and unmaps it again. What makes a file refuse (a seal, an offset inside a huge
 /// page) is seen here, where nothing is taken away before. A region is mapped rarely and nothing is touched, so this is
-/// cheap. As much address space again is taken for a moment.
+/// cheap. As much address space again is taken for a moment. `len` is a multiple of [`unit_of`] the file.
 fn try_elsewhere(len: usize, file: BorrowedFd<'_>, file_offset: u64) -> io::Result<()> {
     // SAFETY: the kernel chooses a free range, so nothing that exists is replaced.
     let at = unsafe { mmap(ptr::null_mut(), len, FILE_ACCESS, SHARED, file, file_offset) }?;

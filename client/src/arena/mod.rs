@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use iotlb_proto::control::RegionInfo;
 use iotlb_proto::iova::PAGE_MASK;
 use iotlb_proto::sync::{AtomicU32, Ordering};
-use map::Reservation;
+use map::{Reservation, unit_of};
 
 /// Largest arena that is accepted, in bytes: a quarter of the user half of a 48-bit address space. No guest comes near.
 const ARENA_MAX: u64 = 1 << 45;
@@ -47,6 +47,8 @@ pub enum ArenaError {
 pub(crate) enum RegionError {
     #[error("a number is not a multiple of the page size, or the size is 0")]
     Alignment,
+    #[error("its place, in the arena or in its file, is not a multiple of {page:#x} bytes, the file's huge pages")]
+    HugeAlignment { page: u64 },
     #[error("it passes the end of the arena ({arena:#x} bytes)")]
     Bounds { arena: u64 },
     #[error("it overlaps region {other}")]
@@ -61,6 +63,8 @@ pub(crate) enum RegionError {
     Descriptors { count: usize },
     #[error("fstat: {0}")]
     Stat(#[source] io::Error),
+    #[error("fstatfs: {0}")]
+    PageSize(#[source] io::Error),
     #[error("mmap: {0}")]
     Map(#[source] io::Error),
     #[error("access was revoked")]
@@ -72,6 +76,8 @@ struct Placed {
     id: u64,
     offset: u64,
     size: u64,
+    /// What is mapped there: `size`, and the rest of its last huge page.
+    span: u64,
     mapped: bool,
 }
 
@@ -158,15 +164,18 @@ impl Arena {
                     id: info.id,
                     offset: info.arena_offset,
                     size: info.size,
+                    span: *result.as_ref().unwrap_or(&info.size),
                     mapped: result.is_ok(),
                 });
             }
         }
         self.settle(&regions);
-        result
+        result.map(|_| ())
     }
 
-    fn check_and_map(&self, regions: &Regions, info: &RegionInfo, files: &[OwnedFd]) -> Result<(), RegionError> {
+    /// Returns how many bytes are mapped. Of a file on huge pages that are whole ones, as the daemon, which keeps the
+    /// room behind a region free, expects; a region need not end with one.
+    fn check_and_map(&self, regions: &Regions, info: &RegionInfo, files: &[OwnedFd]) -> Result<u64, RegionError> {
         if regions.revoked {
             return Err(RegionError::Revoked);
         }
@@ -176,21 +185,28 @@ impl Arena {
         if info.size == 0 || (info.size | info.arena_offset | info.file_offset) & PAGE_MASK != 0 {
             return Err(RegionError::Alignment);
         }
-        let end = info.arena_offset.checked_add(info.size).filter(|end| *end <= self.size());
-        let end = end.ok_or(RegionError::Bounds { arena: self.size() })?;
-        let overlaps = |p: &&Placed| p.mapped && p.offset < end && info.arena_offset < p.offset + p.size;
+        let [file] = files else { return Err(RegionError::Descriptors { count: files.len() }) };
+        let page = unit_of(file.as_fd()).map_err(RegionError::PageSize)?;
+        if (info.arena_offset | info.file_offset) & (page - 1) != 0 {
+            return Err(RegionError::HugeAlignment { page });
+        }
+        let span = info.size.checked_next_multiple_of(page);
+        let end = span.and_then(|span| info.arena_offset.checked_add(span)).filter(|end| *end <= self.size());
+        let (Some(span), Some(end)) = (span, end) else { return Err(RegionError::Bounds { arena: self.size() }) };
+        let overlaps = |p: &&Placed| p.mapped && p.offset < end && info.arena_offset < p.offset + p.span;
         if let Some(other) = regions.placed.iter().find(overlaps) {
             return Err(RegionError::Overlap { other: other.id });
         }
-        let [file] = files else { return Err(RegionError::Descriptors { count: files.len() }) };
         let stat = rustix::fs::fstat(file).map_err(|e| RegionError::Stat(e.into()))?;
         let actual = u64::try_from(stat.st_size).unwrap_or(0);
-        let needed = info.file_offset.saturating_add(info.size);
+        // All of the span: files on huge pages have no part of one.
+        let needed = info.file_offset.saturating_add(span);
         if actual < needed {
             return Err(RegionError::Short { actual, needed });
         }
-        let (offset, len) = self.checked_usize(info.arena_offset, info.size)?;
-        self.memory.map_file(offset, len, file.as_fd(), info.file_offset).map_err(RegionError::Map)
+        let (offset, len) = self.checked_usize(info.arena_offset, span)?;
+        self.memory.map_file(offset, len, file.as_fd(), info.file_offset).map_err(RegionError::Map)?;
+        Ok(span)
     }
 
     /// Unmaps a region; unknown ones are none of the worker's business.
@@ -199,7 +215,7 @@ impl Arena {
         if let Some(index) = regions.placed.iter().position(|placed| placed.id == id) {
             let placed = regions.placed[index];
             if placed.mapped && !regions.revoked {
-                let (offset, len) = self.checked_usize(placed.offset, placed.size)?;
+                let (offset, len) = self.checked_usize(placed.offset, placed.span)?;
                 self.memory.clear(offset, len).map_err(RegionError::Map)?;
             }
             regions.placed.swap_remove(index);

@@ -16,6 +16,70 @@ const LEN: usize = 0x1_0000;
 /// More huge pages than any machine has free.
 const HUGE_LEN: usize = 1 << 40;
 
+/// A huge page of [`small_huge_file`].
+const HUGE_PAGE: u64 = 2 << 20;
+
+/// A file of two huge pages, whether there are some or not; `None` where the system knows none of this size.
+fn small_huge_file() -> Option<OwnedFd> {
+    let huge = rustix::fs::memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB);
+    let huge = huge.inspect_err(|error| eprintln!("not tried with huge pages: {error}")).ok()?;
+    rustix::fs::ftruncate(&huge, 2 * HUGE_PAGE).expect("a length");
+    Some(huge)
+}
+
+/// Where a file is mapped in this process: addresses, first and past the last.
+fn places_of(file: &OwnedFd) -> Vec<(usize, usize)> {
+    let inode = rustix::fs::fstat(file).expect("fstat").st_ino.to_string();
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
+    let place = |line: &str| {
+        let mut words = line.split_ascii_whitespace();
+        let (first, past) = words.next()?.split_once('-')?;
+        let address = |text| usize::from_str_radix(text, 16).expect("an address");
+        // Also the name: every file system counts its inodes by itself.
+        (words.nth(3)? == inode && line.contains("memfd:")).then(|| (address(first), address(past)))
+    };
+    maps.lines().filter_map(place).collect()
+}
+
+#[test]
+fn whole_huge_pages_come_and_go_with_a_region_that_ends_inside_one() {
+    let Some(huge) = small_huge_file() else { return };
+    let arena = Arena::new(4 * HUGE_PAGE).expect("an arena");
+    let region =
+        |id, arena_offset, size| RegionInfo { id, arena_offset, guest_address: arena_offset, size, file_offset: 0 };
+    let (file, short) = (std::slice::from_ref(&huge), HUGE_PAGE + 0x1000);
+    arena.add(&region(1, HUGE_PAGE, short), file).expect("mapped");
+    assert!(arena.is_complete() && arena.is_mapped(HUGE_PAGE, short) && !arena.is_mapped(HUGE_PAGE, short + 1));
+    let page = usize::try_from(HUGE_PAGE).expect("small");
+    let base = arena.memory.base().as_ptr().addr();
+    assert_eq!(places_of(&huge), [(base + page, base + 3 * page)], "in the arena, and nowhere else");
+    // What it has of its last page keeps others out.
+    let other = [memfd::create("other", 0x1000).expect("a memfd")];
+    let error = arena.add(&region(2, HUGE_PAGE + short, 0x1000), &other).expect_err("it would replace a part");
+    assert!(matches!(error, RegionError::Overlap { other: 1 }), "{error}");
+    arena.remove(2).expect("removed");
+    arena.add(&region(2, 3 * HUGE_PAGE, 0x1000), &other).expect("behind it");
+    arena.remove(1).expect("removed");
+    assert_eq!(places_of(&huge), [], "it stays writable");
+    // Nor do others lose what they have by it, in the arena or behind.
+    let error = arena.add(&region(3, 2 * HUGE_PAGE, short), file).expect_err("it would replace the other one");
+    assert!(matches!(error, RegionError::Overlap { other: 2 }), "{error}");
+    let error = arena.add(&region(4, 3 * HUGE_PAGE, short), file).expect_err("it would pass the end");
+    assert!(matches!(error, RegionError::Bounds { .. }), "{error}");
+    let error = arena.add(&region(5, 0x1000, HUGE_PAGE), file).expect_err("it would begin inside a page");
+    assert!(matches!(error, RegionError::HugeAlignment { page: HUGE_PAGE }), "{error}");
+    assert!(arena.memory.is_whole() && arena.is_mapped(3 * HUGE_PAGE, 0x1000));
+    arena.memory.map_file(0, LEN, huge.as_fd(), 0).expect_err("a part of a page");
+    assert_eq!(places_of(&huge), [], "it stays writable after a failure");
+    for id in 3..=5 {
+        arena.remove(id).expect("removed");
+    }
+    arena.add(&region(6, HUGE_PAGE, short), file).expect("mapped");
+    arena.revoke().expect("revoked");
+    assert_eq!(places_of(&huge), [], "it stays writable after a revocation");
+    arena.add(&region(7, HUGE_PAGE, short), file).expect_err("revoked");
+}
+
 /// A file on huge pages that are not there; `None` where the system knows no huge pages.
 fn huge_file() -> Option<OwnedFd> {
     let huge = rustix::fs::memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB);
