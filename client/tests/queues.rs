@@ -5,11 +5,13 @@ mod support;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use iotlb_client::{Access, Attachment, ClaimError, PinError, Queue};
-use iotlb_proto::control::{DaemonMessage, QueueLease, WorkerMessage};
+use iotlb_proto::control::{self, DaemonMessage, QueueLease, WorkerMessage};
 use iotlb_proto::layout::worker::PROGRESS_VALID;
 use iotlb_proto::sync::Ordering;
+use rustix::net::SendFlags;
 use support::{
-    Daemon, PATIENCE, PATIENCE_MS, eventfd, segment_address, table_address, take_count, wait_readable, wait_until,
+    Daemon, PATIENCE, PATIENCE_MS, eventfd, segment_address, socket_pair, table_address, take_count, wait_readable,
+    wait_until,
 };
 
 struct Ring {
@@ -156,6 +158,89 @@ fn a_claim_that_is_not_answered_is_taken_back() {
     .expect("leased");
     assert!(queues[0].signal_call());
     assert_eq!((take_count(&late.call), take_count(&ring.call)), (0, 1));
+}
+
+/// An attachment whose daemon reads when the test does, and the worker's end of its connection.
+fn attach_sharing(daemon: &mut Daemon) -> (Attachment, OwnedFd) {
+    let (ours, theirs) = socket_pair();
+    let worker_end = theirs.try_clone().expect("a descriptor");
+    let welcome = DaemonMessage::Welcome(daemon.welcome());
+    let attachment = daemon.attach_over(ours, theirs, |daemon| daemon.send(&welcome, &daemon.welcome_fds()));
+    (attachment.expect("attach"), worker_end)
+}
+
+/// Sends the daemon as much as goes into the socket; returns how many messages that were.
+fn fill(worker_end: &OwnedFd) -> usize {
+    let filler = WorkerMessage::QueueError { queue: 3, reason: "filler".to_owned() };
+    let bytes = control::encode(&filler).expect("a message that fits");
+    for count in 0.. {
+        match rustix::net::send(worker_end, &bytes, SendFlags::DONTWAIT) {
+            Ok(_) => {}
+            Err(error) => {
+                assert!(error == rustix::io::Errno::AGAIN && count > 0, "{error}");
+                return count;
+            }
+        }
+    }
+    unreachable!("no socket takes so many")
+}
+
+/// Reads what filled the socket.
+fn drain(daemon: &Daemon, fillers: usize) {
+    for _ in 0..fillers {
+        let message = daemon.receive().0;
+        assert!(matches!(message, WorkerMessage::QueueError { .. }), "{message:?} amid what was there before");
+    }
+}
+
+#[test]
+fn a_claim_that_does_not_get_through_is_over_in_its_time_and_leaves_nothing() {
+    let mut daemon = Daemon::new();
+    let (attachment, worker_end) = attach_sharing(&mut daemon);
+    let fillers = fill(&worker_end);
+    for _ in 0..2 {
+        let error = attachment.claim_queues(&[0, 1, 2, 3], 1).expect_err("the daemon does not read");
+        assert!(matches!(error, ClaimError::TimedOut { timeout_ms: 1 }), "{error}");
+    }
+    drain(&daemon, fillers);
+    // Neither the claims come now nor releases of them.
+    let (queue, _) = lease(&daemon, &attachment, &Ring::new());
+    assert!(queue.held());
+}
+
+#[test]
+fn a_release_that_finds_no_room_is_not_waited_for_and_comes_later() {
+    let mut daemon = Daemon::new();
+    let (attachment, worker_end) = attach_sharing(&mut daemon);
+    let ring = Ring::new();
+    let (queue, held) = lease(&daemon, &attachment, &ring);
+    let (mut given_up, mut fillers) = (0, 0);
+    let error = claim(&attachment, &[1, 2], || {
+        given_up = claimed(&daemon, &[1, 2]);
+        fillers = fill(&worker_end);
+        grant(&daemon, 1, given_up, &Ring::new());
+        refuse(&daemon, 2, given_up, "it is worker 3's");
+    })
+    .expect_err("refused");
+    assert!(matches!(error, ClaimError::Refused { queue: 2, .. }), "{error}");
+    drop(queue);
+    // The claimer may have it again before the daemon heard that it was given back.
+    let mut again = claim(&attachment, &[0], || {
+        drain(&daemon, fillers);
+        let mut came = [(); 3].map(|()| daemon.receive().0);
+        came.sort_by_key(|message| match message {
+            WorkerMessage::ReleaseQueue { queue, .. } => *queue,
+            _ => u16::MAX,
+        });
+        let [first, second, third] = came;
+        assert_eq!(first, WorkerMessage::ReleaseQueue { queue: 0, claim: held });
+        assert_eq!(second, WorkerMessage::ReleaseQueue { queue: 1, claim: given_up });
+        let WorkerMessage::ClaimQueues { claim, queues } = third else { panic!("{third:?} is not a claim") };
+        assert_eq!(queues, [0]);
+        grant(&daemon, 0, claim, &ring);
+    })
+    .expect("leased");
+    assert!(again.pop().is_some_and(|queue| queue.held()));
 }
 
 #[test]

@@ -310,7 +310,8 @@ enum iotlb_status iotlb_request_wait(struct iotlb_reader *reader,
 void iotlb_request_free(struct iotlb_request *request);
 
 // Leases `count` queues, all of them or none: `claimed` has room for so many, in the order of `queues`. Give each back
-// with iotlb_queue_release.
+// with iotlb_queue_release. `timeout_ms` is for all of it, whatever the daemon does; after an IOTLB_TIMED_OUT the
+// queues may be claimed anew at once.
 //
 // IOTLB_OK, IOTLB_INVALID, IOTLB_PINNED, IOTLB_REFUSED, IOTLB_TIMED_OUT, IOTLB_DAEMON_DEAD, IOTLB_REVOKED or
 // IOTLB_FAILED; iotlb_last_error has the reason.
@@ -320,7 +321,8 @@ enum iotlb_status iotlb_claim_queues(const struct iotlb_attachment *attachment,
                                      uint32_t timeout_ms,
                                      struct iotlb_queue **claimed);
 
-// Gives a queue back. The caller has stopped touching the ring. May wait for a moment, so not while pinned.
+// Gives a queue back. The caller has stopped touching the ring. Does not wait for the daemon to read that; but may
+// wait as iotlb_detach does, so not while pinned.
 void iotlb_queue_release(struct iotlb_queue *queue);
 
 // The ring's index; 0 for NULL.

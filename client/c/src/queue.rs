@@ -45,7 +45,8 @@ impl From<QueueRecord> for iotlb_queue_record {
 }
 
 /// Leases `count` queues, all of them or none: `claimed` has room for so many, in the order of `queues`. Give each back
-/// with iotlb_queue_release.
+/// with iotlb_queue_release. `timeout_ms` is for all of it, whatever the daemon does; after an IOTLB_TIMED_OUT the
+/// queues may be claimed anew at once.
 ///
 /// IOTLB_OK, IOTLB_INVALID, IOTLB_PINNED, IOTLB_REFUSED, IOTLB_TIMED_OUT, IOTLB_DAEMON_DEAD, IOTLB_REVOKED or
 /// IOTLB_FAILED; iotlb_last_error has the reason.
@@ -87,7 +88,8 @@ fn claim(
     Ok(())
 }
 
-/// Gives a queue back. The caller has stopped touching the ring. May wait for a moment, so not while pinned.
+/// Gives a queue back. The caller has stopped touching the ring. Does not wait for the daemon to read that; but may
+/// wait as iotlb_detach does, so not while pinned.
 ///
 /// # Safety
 /// `queue` is NULL, or was given by this library and not released since.

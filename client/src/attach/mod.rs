@@ -144,7 +144,9 @@ impl Attachment {
         Reader::new(self.clone())
     }
 
-    /// Leases queues: all of them, or none.
+    /// Leases queues: all of them, or none. `timeout_ms` counts once for asking, which takes time when the daemon does
+    /// not read, and for the answers. What was asked for and not had is given back then, when the daemon reads again at
+    /// the latest; it may be claimed anew at once.
     ///
     /// # Errors
     /// When the daemon refuses one of them, does not answer within `timeout_ms`, or the attachment is over.

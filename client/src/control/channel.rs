@@ -1,11 +1,14 @@
 //! The control socket as this crate uses it: whole messages with their descriptors.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use iotlb_proto::control::{self, ControlError, DaemonMessage, WorkerMessage};
 use iotlb_proto::socket::address::AddressError;
 use iotlb_proto::socket::packet::{PacketError, PacketSocket, ReceivedPacket};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Longest a message waits for room in the socket, in milliseconds. The daemon never waits for a worker, so a socket
 /// that stays full this long belongs to a daemon that is stuck.
@@ -56,6 +59,25 @@ impl Channel {
     pub(crate) fn send(&self, message: &WorkerMessage, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
         let bytes = control::encode(message).map_err(ChannelError::Encode)?;
         Ok(self.socket.send_blocking(&bytes, fds, SEND_TIMEOUT_MS)?)
+    }
+
+    /// Sends without waiting. `false`: the socket has no room, and nothing was sent.
+    pub(crate) fn try_send(&self, message: &WorkerMessage) -> Result<bool, ChannelError> {
+        let bytes = control::encode(message).map_err(ChannelError::Encode)?;
+        match self.socket.send(&bytes, &[]) {
+            Err(PacketError::WouldBlock) => Ok(false),
+            sent => Ok(sent.map(|()| true)?),
+        }
+    }
+
+    /// Waits until the socket has room again, or for `timeout`. The system speaks of room only when most of it is free:
+    /// a message may fit sooner.
+    pub(crate) fn wait_for_room(&self, timeout: Duration) -> io::Result<()> {
+        let timeout = Timespec::try_from(timeout).map_err(|_| io::ErrorKind::InvalidInput)?;
+        match poll(&mut [PollFd::new(self, PollFlags::OUT)], Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     /// Tells the daemon that nothing of this attachment reaches guest memory, now or later. Without these words it

@@ -16,6 +16,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{error, info, warn};
 
 use crate::eventfd;
+use crate::queue;
 use crate::shared::Shared;
 use channel::ChannelError;
 
@@ -101,7 +102,7 @@ impl Control<'_> {
                     self.shared.channel.leave();
                     return End::Known;
                 }
-                Ok(false) => {}
+                Ok(false) => queue::send_releases(self.shared),
                 Err(error) => {
                     self.shared.set_lost();
                     error!(%error, "control thread cannot wait; the attachment is over");
@@ -144,9 +145,11 @@ impl Control<'_> {
         }
     }
 
-    /// Waits for work; `true` when the thread is to end.
+    /// Waits for work; `true` when the thread is to end. That releases are to be sent is noticed after a period, if
+    /// nothing else comes: the socket was full just now.
     fn wait(&self, stop: &OwnedFd) -> io::Result<bool> {
-        let mut fds = [PollFd::new(&self.shared.channel, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+        let work = if self.shared.leases.owes() { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+        let mut fds = [PollFd::new(&self.shared.channel, work), PollFd::new(stop, PollFlags::IN)];
         let timeout = Timespec { tv_sec: 0, tv_nsec: LIVENESS_PERIOD_NS };
         match poll(&mut fds, Some(&timeout)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(!fds[1].revents().is_empty()),

@@ -110,6 +110,8 @@ struct Book {
     entries: HashMap<u16, Entry>,
     /// The newest claim's number; none is used twice.
     last_claim: u64,
+    /// What the daemon is to be told when its socket has room: queues that were given back, with their claims.
+    owed: Vec<(u16, u64)>,
 }
 
 impl Book {
@@ -185,6 +187,21 @@ impl LeaseBook {
             Some(State::Waiting) => true,
             Some(State::Refused(_)) | None => false,
         }
+    }
+
+    /// Notes a release that is to be sent.
+    pub(crate) fn owe(&self, queue: u16, claim: u64) {
+        self.lock().owed.push((queue, claim));
+    }
+
+    /// Takes a release that is to be sent; in any order.
+    pub(crate) fn next_owed(&self) -> Option<(u16, u64)> {
+        self.lock().owed.pop()
+    }
+
+    /// Whether releases are to be sent.
+    pub(crate) fn owes(&self) -> bool {
+        !self.lock().owed.is_empty()
     }
 
     /// A lease came. Whether descriptors of a queue in use changed.

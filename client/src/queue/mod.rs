@@ -10,15 +10,17 @@ pub mod vring;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use iotlb_proto::control::{WorkerMessage, clip_reason};
 use iotlb_proto::layout::worker::PROGRESS_VALID;
+use iotlb_proto::socket::packet::PacketError;
 use iotlb_proto::sync::Ordering;
 
 use crate::attach::Attachment;
 use crate::control::channel::ChannelError;
 use crate::eventfd;
-use crate::shared::{Down, deadline_in};
+use crate::shared::{Down, Shared, deadline_in, slice_until};
 use lease::{Busy, Lease, Unclaimed};
 
 /// Why queues were not leased. None of those asked for is.
@@ -84,21 +86,31 @@ impl Queue {
                 return Err(ClaimError::Refused { queue, reason: "this process has it already".to_owned() });
             }
         };
-        let claimed = match shared.channel.send(&WorkerMessage::ClaimQueues { claim, queues: queues.to_vec() }, &[]) {
-            Ok(()) => book.wait(queues, deadline_in(timeout_ms), || shared.check().is_err()).map_err(Ok),
-            Err(error) => Err(Err(error)),
-        };
-        let failure = match claimed {
-            Ok(leases) => {
-                let own = |lease| Queue { attachment: attachment.clone(), lease };
-                return Ok(leases.into_iter().map(own).collect());
+        let message = WorkerMessage::ClaimQueues { claim, queues: queues.to_vec() };
+        let deadline = deadline_in(timeout_ms);
+        let failure = match send_until(shared, &message, deadline) {
+            Ok(true) => match book.wait(queues, deadline, || shared.check().is_err()) {
+                Ok(leases) => {
+                    let own = |lease| Queue { attachment: attachment.clone(), lease };
+                    return Ok(leases.into_iter().map(own).collect());
+                }
+                Err(failure) => {
+                    // Also those that were not answered yet: the daemon takes messages in order, so the release
+                    // follows the lease.
+                    for queue in queues {
+                        give_up(shared, *queue, claim);
+                    }
+                    Ok(failure)
+                }
+            },
+            unsent => {
+                // The daemon never hears of the claim: there is nothing to give back.
+                for queue in queues {
+                    book.forget(*queue, claim);
+                }
+                unsent.map(|_| Unclaimed::Unanswered)
             }
-            Err(failure) => failure,
         };
-        // Also those that were not answered yet: the daemon takes messages in order, so the release follows the lease.
-        for queue in queues {
-            give_up(attachment, *queue, claim);
-        }
         Err(match failure {
             Err(error) => error.into(),
             Ok(Unclaimed::Refused(queue, reason)) => ClaimError::Refused { queue, reason },
@@ -162,7 +174,9 @@ impl Queue {
         self.lease.lost.load(Ordering::Acquire) == 0 && self.attachment.alive()
     }
 
-    /// Gives the queue back; so does dropping it. The caller has stopped touching the ring.
+    /// Gives the queue back; so does dropping it. The caller has stopped touching the ring. This does not wait for the
+    /// daemon: of one that does not read, the control thread sees to it that it is told when it does again. (The last
+    /// handle of an attachment detaches, which may wait.)
     pub fn release(self) {
         drop(self);
     }
@@ -172,17 +186,41 @@ impl Drop for Queue {
     fn drop(&mut self) {
         // What a forked child drops is still its parent's.
         if self.attachment.shared().is_ours() {
-            give_up(&self.attachment, self.lease.queue, self.lease.claim);
+            give_up(self.attachment.shared(), self.lease.queue, self.lease.claim);
         }
     }
 }
 
-fn give_up(attachment: &Attachment, queue: u16, claim: u64) {
-    let shared = attachment.shared();
-    if shared.leases.forget(queue, claim)
-        && shared.check().is_ok()
-        && let Err(error) = shared.channel.send(&WorkerMessage::ReleaseQueue { queue, claim }, &[])
-    {
-        tracing::debug!(queue, %error, "release could not be sent; the daemon frees the queue when the socket closes");
+/// Sends, as soon as the socket has room. `false`: it had none until the deadline, or the attachment ended, and nothing
+/// was sent.
+fn send_until(shared: &Shared, message: &WorkerMessage, deadline: Instant) -> Result<bool, ChannelError> {
+    while !shared.channel.try_send(message)? {
+        let Some(slice) = slice_until(deadline).filter(|_| shared.check().is_ok()) else { return Ok(false) };
+        shared.channel.wait_for_room(slice).map_err(|error| ChannelError::Packet(PacketError::Send(error)))?;
+    }
+    Ok(true)
+}
+
+/// Ends what this process has to do with a queue. Without waiting: whoever gives up because the daemon is stuck must
+/// not be held up by it for each queue.
+fn give_up(shared: &Shared, queue: u16, claim: u64) {
+    if shared.leases.forget(queue, claim) && shared.check().is_ok() {
+        shared.leases.owe(queue, claim);
+        send_releases(shared);
+    }
+}
+
+/// Tells the daemon what was given back, while the socket has room. What is left over the control thread sends, so that
+/// the daemon does not keep a queue for a process that goes on without it. However late, it ends no other lease:
+/// if this process has claimed the queue anew meanwhile, the daemon has let the lease go on under that claim's number.
+pub(crate) fn send_releases(shared: &Shared) {
+    while let Some((queue, claim)) = shared.leases.next_owed() {
+        match shared.channel.try_send(&WorkerMessage::ReleaseQueue { queue, claim }) {
+            Ok(true) => {}
+            Ok(false) => return shared.leases.owe(queue, claim),
+            Err(error) => {
+                tracing::debug!(queue, %error, "release not sent; the queue is free when this worker is gone")
+            }
+        }
     }
 }

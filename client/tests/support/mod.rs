@@ -146,9 +146,17 @@ impl Daemon {
 
     /// Answers it by whatever `answer` does. The answer waits in the socket before the question is asked.
     pub fn attach_with(&mut self, answer: impl FnOnce(&Daemon)) -> Result<Attachment, AttachError> {
-        let (ours, theirs) =
-            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-                .expect("a socket pair");
+        let (ours, theirs) = socket_pair();
+        self.attach_over(ours, theirs, answer)
+    }
+
+    /// The same over the ends of a connection that are ours and the worker's.
+    pub fn attach_over(
+        &mut self,
+        ours: OwnedFd,
+        theirs: OwnedFd,
+        answer: impl FnOnce(&Daemon),
+    ) -> Result<Attachment, AttachError> {
         self.adopt(ours);
         answer(self);
         let options = AttachOptions { label: "test".to_owned(), timeout_ms: 300, ..AttachOptions::default() };
@@ -362,6 +370,12 @@ pub fn take_count(fd: impl AsFd) -> u64 {
             0
         }
     }
+}
+
+/// A connection for control messages.
+pub fn socket_pair() -> (OwnedFd, OwnedFd) {
+    rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+        .expect("a socket pair")
 }
 
 pub fn eventfd() -> OwnedFd {
