@@ -1,9 +1,14 @@
-//! Signals through event descriptors, without ever waiting for the other side.
+//! Signals through event descriptors, without waiting for the other side.
+//!
+//! That holds as long as nobody who has the same description undoes what [`adopt`] did: whether it blocks belongs to
+//! the description, not to the descriptor. A write to a counter that is full would then sleep until somebody reads it,
+//! and the system has no write to an event descriptor that says by itself not to wait. What this process or the daemon
+//! made for the two of them nobody else has. A ring's call the front-end has, and each worker that had the queue.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::event::EventfdFlags;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, OFlags};
 
 /// A new event descriptor of this process.
@@ -23,6 +28,20 @@ pub(crate) fn signal(fd: BorrowedFd<'_>) -> bool {
     }
 }
 
+/// As [`signal`], but looks first whether it would have to wait. A system call more, for who must not be caught by a
+/// descriptor that was made to block. Only somebody who fills the counter just after the look still can; and a
+/// front-end whose descriptor is something else, slow to be looked at, as it could also be slow to be closed.
+pub(crate) fn signal_if_room(fd: BorrowedFd<'_>) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
+    match poll(&mut fds, Some(&now)) {
+        // The counter is full, which is a signal.
+        Ok(0) => true,
+        // Also when the look failed: no counter is full but by somebody's doing.
+        Ok(_) | Err(_) => signal(fd),
+    }
+}
+
 /// Takes what is there.
 pub(crate) fn clear(fd: BorrowedFd<'_>) {
     let mut counter = [0_u8; 8];
@@ -31,7 +50,7 @@ pub(crate) fn clear(fd: BorrowedFd<'_>) {
 }
 
 /// Makes a received descriptor fit for [`signal`]: it must be no file, socket or pipe (a write of eight bytes into
-/// one would do harm), and must not block.
+/// one would do harm), and must not block. The latter others can undo.
 pub(crate) fn adopt(fd: &OwnedFd) -> io::Result<()> {
     let stat = rustix::fs::fstat(fd)?;
     // Event descriptors share an inode without a file type.

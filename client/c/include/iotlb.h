@@ -340,7 +340,11 @@ enum iotlb_status iotlb_queue_kick_fd(const struct iotlb_queue *queue,
 uint64_t iotlb_queue_descriptors_generation(const struct iotlb_queue *queue);
 
 // Interrupts the driver. Call it inside the pin under which the used ring was written: a stopped ring must not
-// interrupt. Never blocks. False when there is no call descriptor (the driver polls) or it is broken.
+// interrupt. False when there is no call descriptor (the driver polls) or it is broken.
+//
+// Does not wait for who reads the descriptor, unless somebody means it to: whoever else has it, the front-end or a
+// worker that had the queue before, can make it block and fill its counter, and then this sleeps until the counter is
+// read. A pin that lasts so long has this worker revoked, as any other.
 bool iotlb_queue_signal_call(const struct iotlb_queue *queue);
 
 // Reports that the ring is broken, or names an address that was denied. The daemon logs the reason and signals the

@@ -207,17 +207,21 @@ impl LeaseBook {
     /// A lease came. Whether descriptors of a queue in use changed.
     pub(crate) fn granted(&self, lease: &QueueLease, fds: Vec<OwnedFd>) -> bool {
         let Some(descriptors) = Descriptors::from_lease(lease, fds) else { return false };
+        self.set(lease.queue, lease.claim, descriptors)
+    }
+
+    fn set(&self, queue: u16, claim: u64, descriptors: Descriptors) -> bool {
         let mut book = self.lock();
-        let Some(entry) = book.entry(lease.queue, lease.claim) else {
+        let Some(entry) = book.entry(queue, claim) else {
             drop(book);
-            ignored(lease.queue, lease.claim);
+            ignored(queue, claim);
             return false;
         };
         match &entry.state {
             State::Waiting => {
                 entry.state = State::Granted(Arc::new(Lease {
-                    queue: lease.queue,
-                    claim: lease.claim,
+                    queue,
+                    claim,
                     descriptors: Snapshot::new(descriptors),
                     generation: AtomicU64::new(1),
                     lost: AtomicU32::new(0),
@@ -226,10 +230,13 @@ impl LeaseBook {
                 false
             }
             State::Granted(held) => {
+                let held = Arc::clone(held);
                 held.replace(descriptors);
+                // Who uses other queues must not wait for what becomes of this one's call.
+                drop(book);
                 // Interrupts sent to the former call descriptor during the change may be lost, so one goes to the new
-                // one.
-                held.descriptors.with(|d| d.call.as_ref().map(|call| eventfd::signal(call.as_fd())));
+                // one. This is the thread that answers a revocation.
+                held.descriptors.with(|d| d.call.as_ref().map(|call| eventfd::signal_if_room(call.as_fd())));
                 true
             }
             // A daemon that refuses a claim does not grant it later.
@@ -271,5 +278,37 @@ impl LeaseBook {
     fn lock(&self) -> MutexGuard<'_, Book> {
         // The book is whole between any two statements, so a panic elsewhere does not spoil it.
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use rustix::event::EventfdFlags;
+
+    use super::*;
+
+    /// Longest the test waits for its thread: long, because many tests may share few processors.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_new_call_that_blocks_and_is_full_holds_nobody_up() {
+        let book = Arc::new(LeaseBook::default());
+        let claim = book.begin(&[0]).expect("free");
+        assert!(!book.set(0, claim, Descriptors::default()), "a lease is no exchange");
+        let call = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd");
+        rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).expect("the counter takes it");
+        let theirs = Descriptors { call: Some(call.try_clone().expect("a descriptor")), ..Descriptors::default() };
+        let (done, ended) = mpsc::channel();
+        let setting = std::thread::spawn(move || {
+            let changed = book.set(0, claim, theirs);
+            done.send((changed, book.forget(0, claim))).expect("the test waits");
+        });
+        let ended = ended.recv_timeout(PATIENCE);
+        eventfd::clear(call.as_fd());
+        setting.join().expect("no panic");
+        assert_eq!(ended, Ok((true, true)), "the thread waits for who reads the counter");
     }
 }

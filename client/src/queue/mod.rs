@@ -135,7 +135,12 @@ impl Queue {
     }
 
     /// Interrupts the driver. Call it inside the pin under which the used ring was written: a stopped ring must not
-    /// interrupt. Never blocks. `false` when there is no call descriptor (the driver polls) or it is broken.
+    /// interrupt. `false` when there is no call descriptor (the driver polls) or it is broken.
+    ///
+    /// Does not wait for who reads the descriptor, unless somebody means it to: whoever else has it, the front-end or a
+    /// worker that had the queue before, can make it block and fill its counter, and then this sleeps until the counter
+    /// is read. A pin that lasts so long has this worker revoked, as any other. To look first would cost a system call
+    /// each time.
     pub fn signal_call(&self) -> bool {
         self.lease
             .descriptors
