@@ -94,7 +94,7 @@ typedef enum iotlb_status {
   IOTLB_DAEMON_DEAD = 11,
   // The daemon took this worker's access away: release everything and attach anew.
   IOTLB_REVOKED = 12,
-  // The daemon, or this process, says no: iotlb_last_error has the reason.
+  // The daemon, this process or the control socket's mode says no: iotlb_last_error has the reason.
   IOTLB_REFUSED = 13,
   // The system failed, or the daemon does not fit: iotlb_last_error has the reason.
   IOTLB_FAILED = 14,

@@ -41,7 +41,7 @@ pub enum iotlb_status {
     IOTLB_DAEMON_DEAD = 11,
     /// The daemon took this worker's access away: release everything and attach anew.
     IOTLB_REVOKED = 12,
-    /// The daemon, or this process, says no: iotlb_last_error has the reason.
+    /// The daemon, this process or the control socket's mode says no: iotlb_last_error has the reason.
     IOTLB_REFUSED = 13,
     /// The system failed, or the daemon does not fit: iotlb_last_error has the reason.
     IOTLB_FAILED = 14,
@@ -156,7 +156,12 @@ impl From<AttachError> for Failure {
             AttachError::TimedOut { .. } | AttachError::Address(AddressError::ConnectTimedOut { .. }) => {
                 IOTLB_TIMED_OUT
             }
-            AttachError::Address(AddressError::Connect { .. }) => IOTLB_NO_DAEMON,
+            AttachError::Address(AddressError::Connect { ref source, .. }) => match source.raw_os_error() {
+                Some(libc::ENOENT | libc::ECONNREFUSED) => IOTLB_NO_DAEMON,
+                Some(libc::EACCES | libc::EPERM) => IOTLB_REFUSED,
+                // A path through a file, say, or a socket of another kind.
+                _ => IOTLB_FAILED,
+            },
             AttachError::Address(AddressError::PathTooLong { .. } | AddressError::PathInvalid { .. }) => IOTLB_INVALID,
             AttachError::Interrupted => IOTLB_INTERRUPTED,
             AttachError::Full => IOTLB_FULL,
@@ -267,6 +272,17 @@ mod tests {
             assert!(!texts[..at].contains(one) && *one != text(-1), "{one:?}");
         }
         assert_eq!(text(IOTLB_INTERRUPTED as i32 + 1), text(-1));
+    }
+
+    #[test]
+    fn only_where_nobody_listens_is_there_no_daemon() {
+        let status = |errno| {
+            let (path, source) = ("/run/control.sock".into(), std::io::Error::from_raw_os_error(errno));
+            Failure::from(AttachError::Address(AddressError::Connect { path, source })).status
+        };
+        assert_eq!([libc::ENOENT, libc::ECONNREFUSED].map(status), [IOTLB_NO_DAEMON; 2]);
+        assert_eq!([libc::EACCES, libc::EPERM].map(status), [IOTLB_REFUSED; 2]);
+        assert_eq!([libc::EPROTOTYPE, libc::ENOTDIR, libc::ELOOP].map(status), [IOTLB_FAILED; 3]);
     }
 
     #[test]

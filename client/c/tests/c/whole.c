@@ -117,6 +117,22 @@ static void socket_is_taken(int fd, iotlb_status expected)
 	iotlb_detach(device);
 }
 
+/* Where somebody listens who is no daemon, waiting for one is in vain; where somebody did, it is not. */
+static void other_listener(const char *path)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	iotlb_attachment *device;
+	int listener = socket(AF_UNIX, SOCK_STREAM, 0);
+
+	CHECK(snprintf(address.sun_path, sizeof(address.sun_path), "%s.s", path) < (int)sizeof(address.sun_path));
+	CHECK(listener >= 0 && bind(listener, (struct sockaddr *)&address, sizeof(address)) == 0);
+	CHECK(listen(listener, 1) == 0);
+	IS(IOTLB_FAILED, iotlb_attach(address.sun_path, NULL, &device));
+	CHECK(device == NULL && strstr(iotlb_last_error(), address.sun_path) != NULL);
+	close(listener);
+	IS(IOTLB_NO_DAEMON, iotlb_attach(address.sun_path, NULL, &device));
+}
+
 /* What must do nothing, and say so. */
 static void nothing_is_refused(void)
 {
@@ -342,6 +358,7 @@ int main(int argc, char **argv)
 
 	CHECK(argc == 2 && iotlb_version() == IOTLB_VERSION);
 	nothing_is_refused();
+	other_listener(argv[1]);
 	IS(IOTLB_OK, iotlb_set_log(count_lines, "context", IOTLB_LOG_WARN));
 	IS(IOTLB_REFUSED, iotlb_set_log(count_lines, "context", IOTLB_LOG_WARN));
 	CHECK(strcmp(iotlb_status_text(IOTLB_OK), "done") == 0 && iotlb_status_text(-1)[0] != '\0');
