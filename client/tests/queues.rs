@@ -349,6 +349,16 @@ fn a_claim_ends_with_the_daemon() {
 }
 
 #[test]
+fn a_claim_that_finds_the_daemons_end_closed_finds_it_dead() {
+    let mut daemon = Daemon::new();
+    let attachment = daemon.attach().expect("attach");
+    // Closed for what the worker sends only: the control thread sees nothing of it, as in the moment of an end.
+    rustix::net::shutdown(daemon.socket.as_ref().expect("attached"), rustix::net::Shutdown::Read).expect("shut down");
+    let error = attachment.claim_queues(&[0], PATIENCE_MS).expect_err("dead");
+    assert!(matches!(error, ClaimError::DaemonDead), "{error}");
+}
+
+#[test]
 fn revocation_takes_the_memory_and_says_so() {
     let (mut daemon, memory, attachment) = Daemon::with_memory(16);
     daemon.map(0x1000, 0x1000, 0x1000, Access::READ_WRITE);

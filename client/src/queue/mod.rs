@@ -41,7 +41,7 @@ pub enum ClaimError {
         /// What the caller allowed.
         timeout_ms: u32,
     },
-    /// The daemon died: attach anew.
+    /// The daemon died, or closed the control socket: attach anew.
     #[error("the daemon died: attach anew")]
     DaemonDead,
     /// The daemon took access away: attach anew.
@@ -112,6 +112,8 @@ impl Queue {
             }
         };
         Err(match failure {
+            // This thread may see it before the control thread does.
+            Err(ChannelError::Closed) => shared.check().err().unwrap_or(Down::DaemonDead).into(),
             Err(error) => error.into(),
             Ok(Unclaimed::Refused(queue, reason)) => ClaimError::Refused { queue, reason },
             Ok(Unclaimed::Unanswered) => match shared.check() {
