@@ -17,12 +17,12 @@ use tracing::{debug, info, warn};
 use super::alarm::now_ns;
 use super::event_loop::EventLoop;
 use super::link::{self, Link, LinkError, Outgoing};
-use super::poller::Token;
+use super::poller::{Token, is_readable};
 use super::process::{self, Process, ProcessError};
 use super::worker::Worker;
 
 /// Connections that have not said HELLO yet. More wait in the kernel's queue.
-const ARRIVALS_MAX: usize = 16;
+pub(super) const ARRIVALS_MAX: usize = 16;
 /// Time to say HELLO.
 const HELLO_TIMEOUT_NS: u64 = 2_000_000_000;
 /// The same when all places are taken: HELLO comes with the connection, and others may wait behind silent ones.
@@ -46,6 +46,14 @@ struct Refused {
     /// For the log.
     why: String,
     socket: PacketSocket,
+}
+
+impl Arrival {
+    /// Whether something was sent on it, or it was closed. To ask receives nothing and wakes nobody up, so it is on no
+    /// account.
+    fn has_spoken(&self) -> bool {
+        is_readable(self)
+    }
 }
 
 impl AsFd for Arrival {
@@ -142,15 +150,29 @@ impl EventLoop {
 
     /// When the connection that came first has taken too long to say HELLO.
     pub(super) fn arrivals_deadline_ns(&self) -> Option<u64> {
+        self.first_arrival().map(|(_, due)| due)
+    }
+
+    /// The connection that came first, and until when it may take to say HELLO.
+    fn first_arrival(&self) -> Option<(u32, u64)> {
         let allowed_ns = if self.arrivals.len() < ARRIVALS_MAX { HELLO_TIMEOUT_NS } else { HELLO_HURRY_NS };
-        self.arrivals.values().map(|arrival| arrival.since_ns.saturating_add(allowed_ns)).min()
+        let (id, arrival) = self.arrivals.iter().min_by_key(|(_, arrival)| arrival.since_ns)?;
+        Some((*id, arrival.since_ns.saturating_add(allowed_ns)))
+    }
+
+    fn late_arrival(&self, now_ns: u64) -> Option<u32> {
+        self.first_arrival().filter(|(_, due)| *due <= now_ns).map(|(id, _)| id)
     }
 
     /// Closes the connections that took too long to say HELLO.
     pub(super) fn expire_arrivals(&mut self, now_ns: u64) {
-        while self.arrivals_deadline_ns().is_some_and(|due| due <= now_ns) {
-            let oldest = self.arrivals.iter().min_by_key(|(_, arrival)| arrival.since_ns).map(|(id, _)| *id);
-            let Some(id) = oldest else { return };
+        while let Some(id) = self.late_arrival(now_ns) {
+            // What it said may lie there unread: it is not to blame for what held the loop up, nor for what it has to
+            // wait for. Either way it is not the one that is late then.
+            self.look_at_arrival(id, now_ns);
+            if self.late_arrival(now_ns) != Some(id) {
+                continue;
+            }
             if self.refusals.take(now_ns) {
                 info!("a connection on the control socket did not say HELLO in time and was closed");
             }
@@ -177,15 +199,23 @@ impl EventLoop {
     }
 
     pub(super) fn arrival_ready(&mut self, id: u32) {
-        if self.is_closing_behind() {
-            self.arrivals_wait = true;
-            self.pause_accept();
-            return;
-        }
+        self.look_at_arrival(id, now_ns());
+    }
+
+    /// Hears what a connection has said, or puts that off while nobody can be let in.
+    fn look_at_arrival(&mut self, id: u32, now_ns: u64) {
+        let waits_until_ns = if self.is_closing_behind() {
+            Some(now_ns.saturating_add(ACCEPT_PAUSE_NS))
+        } else {
+            self.arrivals_turn.comes_ns(now_ns, 1)
+        };
         let Some(arrival) = self.arrivals.get_mut(&id) else { return };
-        if let Some(until_ns) = self.arrivals_turn.comes_ns(now_ns(), 1) {
-            // It may have said HELLO in time: from then on it has all its time again.
-            arrival.since_ns = until_ns;
+        if let Some(until_ns) = waits_until_ns {
+            // It may have said HELLO in time: from then on it has all its time again. Not so who has said nothing, or
+            // places would be taken for as long as somebody sees to it that there is something to wait for.
+            if arrival.has_spoken() {
+                arrival.since_ns = until_ns;
+            }
             self.arrivals_wait = true;
             self.accept_again_ns = Some(self.accept_again_ns.map_or(until_ns, |due| due.min(until_ns)));
             return;
@@ -212,7 +242,7 @@ impl EventLoop {
             }
         };
         if let Some(Refused { refusal, why, socket }) = refused {
-            if self.refusals.take(now_ns()) {
+            if self.refusals.take(now_ns) {
                 warn!("a worker was refused: {refusal:?}: {why}");
             }
             self.arrivals_turn.spend(|| link::send_once(&socket, &DaemonMessage::Refused(refusal)));

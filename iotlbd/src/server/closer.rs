@@ -96,6 +96,18 @@ impl Closer {
         true
     }
 
+    /// As if each thread hung.
+    #[cfg(test)]
+    pub(super) fn hang(&self) {
+        self.shared.lock().threads = THREADS_MAX;
+    }
+
+    /// As if those of [`Closer::hang`] had ended.
+    #[cfg(test)]
+    pub(super) fn go_on(&self) {
+        self.shared.lock().threads = 0;
+    }
+
     /// Has a thread for what waits.
     fn see_to_it(&self, state: &mut State) {
         if state.waiting.len() <= state.idle {
@@ -197,8 +209,7 @@ mod tests {
     #[test]
     fn nobody_is_let_in_while_too_much_waits() {
         let mut closer = Closer::of("what tests give it");
-        // As if each thread hung.
-        closer.shared.lock().threads = THREADS_MAX;
+        closer.hang();
         assert!(closer.is_behind(0));
         let file = || fs::File::open("/dev/null").expect("opens").into();
         closer.give(vec![file()]);

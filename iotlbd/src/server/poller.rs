@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::buffer::spare_capacity;
-use rustix::event::{Timespec, epoll};
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 
 /// What a descriptor in the loop is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,6 +145,12 @@ impl Poller {
         }
         Ok(())
     }
+}
+
+/// Whether something can be read from a descriptor now, or it is at its end. Without an epoll set.
+pub(crate) fn is_readable(fd: impl AsFd) -> bool {
+    let mut watched = [PollFd::new(&fd, PollFlags::IN)];
+    poll(&mut watched, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
 }
 
 fn data(token: Token) -> epoll::EventData {

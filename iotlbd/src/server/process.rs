@@ -10,6 +10,8 @@ use nix::sys::socket::{getsockopt, sockopt};
 use rustix::fs::{fstat, fstatfs};
 use rustix::process::{Signal, pidfd_send_signal};
 
+use super::poller::is_readable;
+
 /// The file system of pidfds that have an inode each (`PID_FS_MAGIC` of `linux/magic.h`).
 const PIDFS_MAGIC: i64 = 0x5049_4446;
 /// What the kernel says of a pidfd fits many times.
@@ -98,9 +100,7 @@ impl Process {
 
     /// Whether it has ended.
     pub(crate) fn is_dead(&self) -> bool {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let mut watched = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        poll(&mut watched, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
+        is_readable(&self.pidfd)
     }
 
     /// SIGKILL.

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use iotlb_proto::control::{self, DaemonMessage, WorkerMessage};
 use iotlb_proto::epoch::grace::FIRST_EPOCH;
@@ -12,6 +13,7 @@ use iotlb_proto::worker::WorkerSegment;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::alarm::now_ns;
+use super::arrivals::ARRIVALS_MAX;
 use super::config::QUEUE_PAIRS_MAX;
 use super::event_loop::EventLoop;
 use super::link::{Link, Outgoing};
@@ -21,10 +23,31 @@ use super::worker::Worker;
 use super::{DeviceKind, FrontEndSource, Server, ServerConfig};
 use crate::device::WorkerId;
 
+/// Longest wait for what other threads do.
+const WATCHDOG: Duration = Duration::from_secs(30);
+
 /// A loop that does not run.
 struct Standing {
     event_loop: EventLoop,
     directory: tempfile::TempDir,
+}
+
+impl Standing {
+    /// Somebody who connects and says nothing.
+    fn silent(&self) -> PacketSocket {
+        PacketSocket::connect(&self.directory.path().join("control"), 1000).expect("connects")
+    }
+
+    /// Somebody who says what is no HELLO, and is to hear that.
+    fn stranger(&self) -> PacketSocket {
+        let socket = self.silent();
+        socket.send(&[0xee], &[]).expect("sent");
+        socket
+    }
+}
+
+fn is_answered(socket: &PacketSocket) -> bool {
+    matches!(socket.receive_into(&mut Vec::new()), Ok(Some(_)))
 }
 
 fn standing() -> Standing {
@@ -104,16 +127,10 @@ fn the_order_to_give_up_and_the_answer_to_it_wait_for_no_turn() {
 
 #[test]
 fn who_has_not_said_hello_waits_for_a_turn_that_all_such_share() {
-    let Standing { mut event_loop, directory } = standing();
-    let strangers = [(); 3].map(|()| {
-        let socket = PacketSocket::connect(&directory.path().join("control"), 1000).expect("connects");
-        socket.send(&[0xee], &[]).expect("sent");
-        socket
-    });
-    let refused = || {
-        let heard = |socket: &&PacketSocket| matches!(socket.receive_into(&mut Vec::new()), Ok(Some(_)));
-        strangers.iter().filter(heard).count()
-    };
+    let standing = standing();
+    let strangers = [(); 3].map(|()| standing.stranger());
+    let refused = || strangers.iter().filter(|socket| is_answered(socket)).count();
+    let Standing { mut event_loop, .. } = standing;
     event_loop.accept_workers();
     let ids: Vec<u32> = event_loop.arrivals.keys().copied().collect();
     event_loop.arrival_ready(ids[0]);
@@ -129,6 +146,48 @@ fn who_has_not_said_hello_waits_for_a_turn_that_all_such_share() {
     event_loop.arrivals_turn = Turn::default();
     event_loop.accept_after_pause(u64::MAX);
     assert_eq!(refused(), 2);
+}
+
+#[test]
+fn who_said_something_is_heard_however_long_the_loop_was_held_up() {
+    let standing = standing();
+    let strangers = [(); ARRIVALS_MAX].map(|()| standing.stranger());
+    let Standing { mut event_loop, .. } = standing;
+    event_loop.accept_workers();
+    assert_eq!(event_loop.arrivals.len(), ARRIVALS_MAX, "no place is left, so none has long");
+    event_loop.expire_arrivals(now_ns() + 60_000_000);
+    let since = Instant::now();
+    // Again and again: all of the closing threads may be on their way.
+    while let Some(&id) = event_loop.arrivals.keys().next() {
+        assert!(since.elapsed() < WATCHDOG, "in vain");
+        event_loop.arrivals_turn = Turn::default();
+        event_loop.arrival_ready(id);
+    }
+    let unheard = strangers.iter().filter(|socket| !is_answered(socket)).count();
+    assert_eq!(unheard, 0, "closed with what they said unread");
+}
+
+#[test]
+fn who_waits_for_what_others_left_to_close_is_not_late_for_that() {
+    let standing = standing();
+    let (stranger, silent) = (standing.stranger(), standing.silent());
+    let Standing { mut event_loop, .. } = standing;
+    event_loop.accept_workers();
+    event_loop.closer.hang();
+    let ids: Vec<u32> = event_loop.arrivals.keys().copied().collect();
+    for &id in &ids {
+        event_loop.arrival_ready(id);
+    }
+    event_loop.expire_arrivals(now_ns() + 3_000_000_000);
+    let left: Vec<u32> = event_loop.arrivals.keys().copied().collect();
+    assert_eq!(left, ids[..1], "only who said nothing has no reason to stay");
+    event_loop.closer.go_on();
+    let since = Instant::now();
+    while !event_loop.arrivals.is_empty() {
+        assert!(since.elapsed() < WATCHDOG, "in vain");
+        event_loop.accept_after_pause(u64::MAX);
+    }
+    assert!(is_answered(&stranger) && !is_answered(&silent));
 }
 
 #[test]
