@@ -21,9 +21,11 @@ use iotlb_proto::tree::SLICE_WORDS;
 use iotlb_proto::worker::Answer;
 use iotlbd::server::ServerError;
 use iotlbd::sim::SimError;
+use iotlbd::sim::channel::Channel;
 use iotlbd::sim::front_end::{FrontEnd, FrontEndOptions};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-use server_support::{RawWorker, Running, hear, say, started_front_end, started_front_end_with, watchdog};
+use iotlbd::sim::wire::{Iotlb, MessageHeader, code};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, send, sendmsg};
+use server_support::{RawWorker, Running, TIMEOUT_MS, hear, say, started_front_end, started_front_end_with, watchdog};
 
 const IOVA: u64 = 0x10_0000;
 const CHILD_CONTROL: &str = "IOTLBD_TEST_CHILD_CONTROL";
@@ -209,6 +211,32 @@ fn an_invalidation_nobody_waits_for_any_more_is_no_figure_of_the_next_session() 
     let text = std::fs::read_to_string(&path).expect("written");
     let value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     assert_eq!(value.pointer("/invalidate_ns/count"), Some(&serde_json::Value::from(0)), "{text}");
+}
+
+#[test]
+fn each_of_several_invalidations_sent_together_is_a_figure() {
+    let _watchdog = watchdog();
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("stats.json");
+    let server = Running::start_with(|config| config.stats = Some(path.clone()));
+    let mut front_end = front_end(&server);
+    publish(&mut front_end);
+    let main = front_end.channels().0.try_clone_to_owned().expect("a duplicate");
+    let main = Channel::new(main.into(), Duration::from_millis(TIMEOUT_MS.into()));
+    let header = MessageHeader::request(code::IOTLB_INVALIDATE, Iotlb::LEN, true).encode();
+    let one = [&header[..], &Iotlb::invalidate(IOVA, PAGE_SIZE).encode()].concat();
+    let sent = send(&main, &[&one[..], &one].concat(), SendFlags::empty()).expect("sends");
+    assert_eq!(sent, 2 * one.len(), "seen in one look");
+    for _ in 0..2 {
+        assert_eq!(main.receive("an acknowledgement").expect("acknowledged").body, [0; 8]);
+    }
+    drop((main, front_end));
+    server.stop();
+    let text = std::fs::read_to_string(&path).expect("written");
+    let value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    for count in ["/invalidate_ns/count", "/counters/invalidations"] {
+        assert_eq!(value.pointer(count), Some(&serde_json::Value::from(2)), "{count}: {text}");
+    }
 }
 
 #[test]

@@ -460,6 +460,10 @@ impl EventLoop {
         match &event {
             Event::Request { request: Request::GetVringBase { .. }, .. } => self.note_progress(),
             Event::Request { request: Request::Iotlb(message), .. } if message.kind == IotlbKind::Invalidate => {
+                // One that came together with it was answered, or this one would not have its turn.
+                if self.figures.waits() {
+                    self.figures.answered(now_ns());
+                }
                 self.figures.invalidated(now);
             }
             _ => {}
