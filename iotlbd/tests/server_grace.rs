@@ -390,7 +390,9 @@ fn slow_to_close() -> (TcpStream, TcpStream) {
 #[test]
 fn a_server_that_does_not_wait_is_dead_for_workers_when_its_front_end_hears_of_the_end() {
     let _watchdog = watchdog();
-    let server = Running::start();
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("stats.json");
+    let server = Running::start_with(|config| config.stats = Some(path.clone()));
     let worker = RawWorker::attach(&server.control());
     let mut stream = UnixStream::connect(server.front_end()).expect("connects");
     // GET_FEATURES. The answer says that there is a front-end to drain.
@@ -415,6 +417,9 @@ fn a_server_that_does_not_wait_is_dead_for_workers_when_its_front_end_hears_of_t
     assert!(!worker.liveness.alive(), "the front-end heard of the end first");
     std::io::copy(&mut other, &mut std::io::sink()).expect("all that was sent");
     assert!(matches!(server.ended(), Err(ServerError::Forced)));
+    let text = std::fs::read_to_string(&path).expect("the figures are written at this end too");
+    let value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(value.pointer("/counters/requests"), Some(&serde_json::Value::from(1)), "{text}");
 }
 
 #[test]

@@ -212,7 +212,6 @@ impl EventLoop {
             self.settle();
             self.busy |= self.device.has_work();
             if self.done {
-                self.figures.write(&self.device);
                 return Ok(());
             }
             let worked = std::mem::take(&mut self.worked);

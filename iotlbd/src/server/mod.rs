@@ -175,6 +175,8 @@ impl Server {
         let mut event_loop = EventLoop::new(config, front_end, control, stop, cpus)?;
         info!("serving");
         let result = event_loop.run();
+        // Whatever ended it: what was counted is wanted also where workers are not waited for.
+        event_loop.figures.write(&event_loop.device);
         event_loop.let_all_go();
         info!("stopped");
         result
