@@ -200,7 +200,12 @@ fn signal(pid: u32, signal: Signal) {
 
 #[test]
 fn a_dead_worker_or_daemon_ends_the_demo_with_a_clear_error() {
-    for (victim, name) in [("demo-worker", "worker-"), ("--control-socket", "the daemon")] {
+    for (victim, how, name) in [
+        ("demo-worker", Signal::KILL, "worker-"),
+        // The demo has this one blocked, for itself.
+        ("demo-worker", Signal::TERM, "worker-"),
+        ("--control-socket", Signal::KILL, "the daemon"),
+    ] {
         let mut demo = LongDemo::start();
         // The daemon is the child that is no worker.
         let (pid, _) = demo
@@ -210,7 +215,7 @@ fn a_dead_worker_or_daemon_ends_the_demo_with_a_clear_error() {
                 |(_, line)| if victim == "demo-worker" { line.contains(victim) } else { !line.contains("demo-worker") },
             )
             .expect("three children");
-        signal(*pid, Signal::KILL);
+        signal(*pid, how);
         let output = demo.collect();
         assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
         let message = text(&output.stderr);

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::SigSet;
 use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
 
 /// Lines of a child's standard error that are kept, to be shown when it fails.
@@ -36,8 +37,8 @@ pub struct Ended {
 }
 
 impl Process {
-    /// Starts `program` with piped standard streams. Call it on the main thread: the child dies with the *thread* that
-    /// started it.
+    /// Starts `program` with piped standard streams and no signal blocked. Call it on the main thread: the child dies
+    /// with the *thread* that started it.
     pub fn start(name: &str, program: &Path, arguments: &[OsString]) -> io::Result<Process> {
         let parent = rustix::process::getpid();
         let mut command = Command::new(program);
@@ -45,10 +46,14 @@ impl Process {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // A group of its own: Ctrl-C is for the demo, which then ends its children in the right order.
         command.process_group(0);
-        // SAFETY: the closure runs between fork and exec and makes only two system calls; it allocates nothing and
+        // SAFETY: the closure runs between fork and exec and makes only three system calls; it allocates nothing and
         // takes no lock.
         unsafe {
-            command.pre_exec(move || die_with(parent));
+            command.pre_exec(move || {
+                // What is blocked here, for a descriptor to report it, would stay so in a child that has none.
+                SigSet::empty().thread_set_mask()?;
+                die_with(parent)
+            });
         }
         let mut child = command.spawn()?;
         let tail = Arc::new(Mutex::new(VecDeque::new()));

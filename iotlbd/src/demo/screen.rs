@@ -63,7 +63,8 @@ pub struct StopSignals {
 }
 
 impl StopSignals {
-    /// Blocks the signals for this thread and those it starts. Children begin with an empty mask.
+    /// Blocks the signals for this thread and those it starts. Children would inherit that: they are started with none
+    /// blocked.
     pub fn block() -> io::Result<StopSignals> {
         let set = stop_set();
         set.thread_block()?;
