@@ -1,7 +1,10 @@
 //! The simulated front-end against the real server, in one process, with a worker's reader on this thread.
 
+use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -15,6 +18,7 @@ use iotlbd::demo::oracle::load_word;
 use iotlbd::server::{DeviceKind, FrontEndSource, Server, ServerConfig, ServerError, StallPolicy};
 use iotlbd::sim::{FrontEnd, FrontEndOptions, Guest, RingAddresses, SimError, Unmapping, VirtioNet};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 const GUEST: u64 = 0x4000_0000;
 const PAGES: u64 = 64;
@@ -51,6 +55,17 @@ impl Harness {
         let guest = Guest::new(GUEST, PAGES * PAGE_SIZE).expect("memfd");
         let options = FrontEndOptions { timeout: WATCHDOG, ..options };
         FrontEnd::connect(&self.path("front-end.sock"), guest, options).expect("the server answers")
+    }
+
+    /// A worker that answers pings on these queues. It ends when the server does.
+    fn echo(&self, queues: &str) -> JoinHandle<Result<(), String>> {
+        let flags = ["iotlb-net", "--echo", "--queues", queues, "--control-socket"].map(OsString::from);
+        let options = NetOptions::parse_from(flags.into_iter().chain([self.path("control.sock").into_os_string()]));
+        std::thread::spawn(move || {
+            let signals = Signals::block().expect("a signal descriptor");
+            // The end of the server is an error to a worker that was not told to reconnect.
+            iotlb_client::net::worker::run(&options, &signals).map_err(|error| error.to_string())
+        })
     }
 
     /// A front-end whose rings have started.
@@ -289,18 +304,7 @@ fn a_read_only_page_is_not_written() {
 #[test]
 fn pings_come_back_strictly_and_lazily() {
     let harness = Harness::start(2);
-    // The workers end when the server does.
-    let control = harness.path("control.sock");
-    let serve = |queues: &str| {
-        let flags = ["iotlb-net", "--echo", "--queues", queues, "--control-socket"].map(std::ffi::OsString::from);
-        let options = NetOptions::parse_from(flags.into_iter().chain([control.clone().into_os_string()]));
-        std::thread::spawn(move || {
-            let signals = Signals::block().expect("a signal descriptor");
-            // The end of the server is an error to a worker that was not told to reconnect.
-            iotlb_client::net::worker::run(&options, &signals).map_err(|error| error.to_string())
-        })
-    };
-    let workers = [serve("0,1"), serve("2,3")];
+    let workers = [harness.echo("0,1"), harness.echo("2,3")];
     for (unmapping, features) in [
         (Unmapping::Strict, FrontEndOptions::default().features),
         (Unmapping::Lazy, FrontEndOptions::default().features),
@@ -323,6 +327,25 @@ fn pings_come_back_strictly_and_lazily() {
         let ended = worker.join().expect("no panic");
         assert!(ended.is_err(), "the daemon's death went unnoticed");
     }
+}
+
+#[test]
+fn a_ring_costs_the_front_end_three_descriptors_and_no_fourth() {
+    const PAIRS: u16 = 16;
+    let harness = Harness::start(PAIRS);
+    let queues: Vec<String> = (0..PAIRS * 2).map(|queue| queue.to_string()).collect();
+    let _worker = harness.echo(&queues.join(","));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_iotlbd"));
+    command.arg("demo-front-end").arg(format!("--socket-path={}", harness.path("front-end.sock").display()));
+    command.args([format!("--queue-pairs={PAIRS}"), format!("--timeout-ms={WATCHDOG_MS}"), "--pings=16".to_owned()]);
+    // What is left for everything else would not do for one more a ring, as with 128 pairs and the usual limit of 1024.
+    let limit = Rlimit { current: Some(u64::from(PAIRS) * 2 * 3 + 16), ..getrlimit(Resource::Nofile) };
+    // SAFETY: between fork and exec only setrlimit is called, which is async-signal-safe.
+    unsafe {
+        command.pre_exec(move || Ok(setrlimit(Resource::Nofile, limit)?));
+    }
+    let output = command.stdin(Stdio::null()).output().expect("cargo has built the program");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]

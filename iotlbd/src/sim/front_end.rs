@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use iotlb_proto::iova::PAGE_MASK;
@@ -73,8 +74,8 @@ pub struct RingAddresses {
 pub struct RingEvents {
     /// Driver to device.
     pub kick: EventFd,
-    /// Device to driver.
-    pub call: EventFd,
+    /// Device to driver. A driver that waits for all of them holds them while the front-end serves misses.
+    pub call: Arc<EventFd>,
     /// The device found the ring broken.
     pub err: EventFd,
 }
@@ -134,7 +135,7 @@ impl FrontEnd {
         let rings = (0..options.queue_pairs * 2)
             .map(|_| {
                 let event = || EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
-                Ok(RingEvents { kick: event()?, call: event()?, err: event()? })
+                Ok(RingEvents { kick: event()?, call: Arc::new(event()?), err: event()? })
             })
             .collect::<Result<Vec<_>, nix::Error>>()
             .map_err(|errno| SimError::System { what: "create an eventfd", source: errno.into() })?;
@@ -371,7 +372,7 @@ impl FrontEnd {
         let event = match request {
             code::SET_VRING_KICK => &ring.kick,
             code::SET_VRING_ERR => &ring.err,
-            _ => &ring.call,
+            _ => &*ring.call,
         };
         self.send(request, &Body::default().u64(u64::from(index)).bytes(), &[event.as_fd()])
     }
