@@ -162,12 +162,53 @@ fn relative_links(line: &str) -> Vec<&str> {
 }
 
 #[test]
+fn every_integration_test_is_run() {
+    let files = files();
+    let output = Command::new("bash").args(["tests/run", "--tests"]).current_dir(root()).output().expect("bash runs");
+    assert!(output.status.success(), "tests/run --tests: {}", String::from_utf8_lossy(&output.stderr));
+    let listed = String::from_utf8(output.stdout).expect("our file names are ASCII");
+    let script = files.iter().find(|file| file.path == "tests/run").expect("it is tracked");
+    let own = with_a_section(&script.text);
+    let is_crate = |folder: &str| files.iter().any(|file| file.path.strip_suffix("/Cargo.toml") == Some(folder));
+    let names = files.iter().filter_map(|file| {
+        let (folder, name) = integration_test(&file.path)?;
+        is_crate(folder).then_some((file, name))
+    });
+    let runs = |name: &str| {
+        listed.lines().any(|line| line == name)
+            || own.iter().any(|own| own.strip_suffix('*').map_or(own == &name, |start| name.starts_with(start)))
+    };
+    let missing =
+        |(file, name): (&File, &str)| (!runs(name)).then(|| format!("{}: no section of tests/run runs it", file.path));
+    none(names.filter_map(missing).collect());
+}
+
+/// The crate's folder and the name of an integration test, if that is what this path is.
+fn integration_test(path: &str) -> Option<(&str, &str)> {
+    let (folder, file) = path.rsplit_once("/tests/")?;
+    let name = file.strip_suffix("/main.rs").or_else(|| file.strip_suffix(".rs"))?;
+    (!name.contains('/')).then_some((folder, name))
+}
+
+/// Names of integration tests, which may end with a star, that the script gives to cargo by themselves.
+fn with_a_section(script: &str) -> Vec<&str> {
+    let calls = script.lines().filter_map(|line| Some(line.split_once("cargo test ")?.1));
+    let names = calls.flat_map(|call| call.split("--test ").skip(1)).filter_map(|rest| rest.split(' ').next());
+    names.map(|name| name.trim_matches(['\'', ';'])).collect()
+}
+
+#[test]
 fn the_rules_find_what_they_look_for() {
     assert!(untidy_line(&"x".repeat(LINE_MAX + 1)).is_some());
     assert!(untidy_line(&"x".repeat(LINE_MAX)).is_none());
     assert!(untidy_line("a\tb").is_some());
     assert!(untidy_line("a ").is_some());
     assert_eq!(relative_links("[a](b.md) [c](https://d) [e](#f) [g](h/i.svg#j)"), ["b.md", "h/i.svg#j"]);
+    assert_eq!(integration_test("a/b/tests/c.rs"), Some(("a/b", "c")));
+    assert_eq!(integration_test("a/tests/c/main.rs"), Some(("a", "c")));
+    assert_eq!(integration_test("a/tests/c/mod.rs"), None);
+    let script = "cargo clippy --test a\n cargo test --lib --test 'b_*' --test c\nd() { cargo test --test e; }";
+    assert_eq!(with_a_section(script), ["b_*", "c", "e"]);
     let file = File { path: "x.rs".to_owned(), text: "good\nbad \n".to_owned() };
     assert_eq!(file.findings(untidy_line), ["x.rs:2: space at the end"]);
 }
