@@ -57,6 +57,9 @@ pub mod memory;
 pub mod miss;
 #[cfg(feature = "net")]
 pub mod net;
+#[cfg(test)]
+#[path = "../../tests/src/not_tested.rs"]
+mod not_tested;
 pub mod queue;
 pub mod reader;
 pub mod segments;

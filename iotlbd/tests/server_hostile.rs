@@ -22,6 +22,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
 use rustix::net::sockopt::set_socket_linger;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use server_support::not_tested::not_tested;
 use server_support::{RawWorker, Running, TIMEOUT_MS, connect, hear, hello, own_pidfd, say, watchdog};
 
 /// An epoll set whose lock is held: a thread of this process was about to be told of an event, in memory that is not
@@ -40,7 +41,7 @@ impl HeldEpoll {
         let mut page = memmap2::MmapMut::map_anon(4096).expect("a page");
         // SAFETY: what is registered below is a page of this function's own, which nobody but the thread touches.
         let Ok(userfault) = (unsafe { userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) }) else {
-            eprintln!("NOT TESTED: a held epoll set, because userfaultfd needs root");
+            not_tested("userfaultfd takes root");
             return None;
         };
         let mut api = [0xaa_u64, 0, 0];
@@ -299,7 +300,7 @@ fn many_who_watch_a_workers_socket_hold_up_that_worker_only() {
         for copy in &copies {
             // Only urgent data, which never comes: nobody is woken up, but every one is asked.
             if epoll::add(set, copy, EventData::new_u64(0), EventFlags::PRI).is_err() {
-                eprintln!("NOT TESTED: many who watch a socket, because of /proc/sys/fs/epoll/max_user_watches");
+                not_tested("/proc/sys/fs/epoll/max_user_watches is too low");
                 return;
             }
         }

@@ -19,6 +19,7 @@ use iotlbd::sim::guest::Guest;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
+use server_support::not_tested::not_tested;
 use server_support::{RawWorker, TIMEOUT_MS, connect, hear, say, started_front_end, watchdog};
 
 const CHILD_CONTROL: &str = "IOTLBD_TEST_CHILD_CONTROL";
@@ -376,7 +377,7 @@ fn a_worker_that_cannot_be_named_for_want_of_descriptors_is_reported() {
     let _watchdog = watchdog();
     let (near, _far) = UnixStream::pair().expect("a pair");
     if nix::sys::socket::getsockopt(&near, nix::sys::socket::sockopt::PeerPidfd).is_err() {
-        eprintln!("NOT TESTED: this kernel has no SO_PEERPIDFD");
+        not_tested("SO_PEERPIDFD takes Linux 6.5");
         return;
     }
     let mut daemon = Daemon::start();

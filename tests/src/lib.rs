@@ -3,11 +3,13 @@
 //! - [`mod@bench`]: measuring against peers.
 //! - [`containers`]: the shipped image, built and run with podman.
 //! - [`guest`]: real guests under QEMU.
+//! - [`mod@not_tested`]: what a machine cannot test.
 //! - [`processors`]: who runs where.
 
 pub mod bench;
 pub mod containers;
 pub mod guest;
+pub mod not_tested;
 pub mod processors;
 
 /// The README's Rust code, so that it keeps compiling.

@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use iotlb_tests::containers::{Compose, Container, Engine, Settings, View, image};
+use iotlb_tests::not_tested::not_tested;
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -89,7 +90,7 @@ fn exclusive() -> MutexGuard<'static, ()> {
 /// An engine with the image in it. None if these tests are to be left out.
 fn engine() -> Result<Option<Engine>> {
     if std::env::var_os("IOTLBD_SKIP_CONTAINERS").is_some_and(|value| value == "1") {
-        eprintln!("NOT TESTED: containers, because IOTLBD_SKIP_CONTAINERS=1");
+        not_tested("IOTLBD_SKIP_CONTAINERS=1");
         return Ok(None);
     }
     let engine = Engine::open(&scratch())?;

@@ -2,6 +2,8 @@
 #![allow(dead_code, unreachable_pub)] // each test program uses its part
 
 pub mod namespace;
+#[path = "../../../tests/src/not_tested.rs"]
+pub mod not_tested;
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::{MaybeUninit, offset_of};

@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use super::not_tested::not_tested;
+
 /// Set in the copy of a test that runs in a namespace.
 const INSIDE: &str = "IOTLB_NET_TEST_INSIDE";
 
@@ -13,7 +15,7 @@ pub fn in_a_namespace(test: &str) -> bool {
         return true;
     }
     if !nix::unistd::geteuid().is_root() || !Path::new("/dev/net/tun").exists() {
-        eprintln!("{test}: needs root and /dev/net/tun");
+        not_tested("it takes root and /dev/net/tun");
         return false;
     }
     let output = Command::new("unshare")

@@ -2,6 +2,9 @@
 
 #![allow(dead_code, unreachable_pub, missing_docs, missing_debug_implementations)] // each test binary uses a part of it
 
+#[path = "../../../tests/src/not_tested.rs"]
+pub mod not_tested;
+
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};

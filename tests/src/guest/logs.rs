@@ -76,7 +76,7 @@ pub(crate) fn read_lossy(path: &Path) -> String {
     fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
 }
 
-/// Says something in every run, also of a test that passes: figures, and what was left out.
+/// Says something in every run, also of a test that passes.
 ///
 /// The test harness shows what the print macros write only when a test fails.
 pub(crate) fn say(text: &str) {

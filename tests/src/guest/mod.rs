@@ -31,6 +31,8 @@ pub use process::Process;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::not_tested::not_tested;
+
 /// How long anything in a guest may take before the test gives up. A whole run takes 10 to 20 seconds on two idle
 /// processors; the rest is for busy ones.
 pub const WATCHDOG: Duration = Duration::from_secs(120);
@@ -44,11 +46,11 @@ pub fn exclusive() -> MutexGuard<'static, ()> {
     ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// True, said loudly, when the environment asks to leave the guests out (`IOTLBD_SKIP_GUEST=1`).
+/// True, and said, when the environment asks to leave the guests out (`IOTLBD_SKIP_GUEST=1`).
 pub fn skipped() -> bool {
     let skip = std::env::var_os("IOTLBD_SKIP_GUEST").is_some_and(|value| value == "1");
     if skip {
-        logs::say("SKIPPED, for IOTLBD_SKIP_GUEST=1: no guest was booted, nothing was tested");
+        not_tested("IOTLBD_SKIP_GUEST=1");
     }
     skip
 }

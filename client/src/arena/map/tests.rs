@@ -9,6 +9,7 @@ use rustix::io::Errno;
 
 use super::*;
 use crate::arena::{Arena, RegionError};
+use crate::not_tested::not_tested;
 
 const OFFSET: usize = 0x20_0000;
 const LEN: usize = 0x1_0000;
@@ -83,7 +84,7 @@ fn whole_huge_pages_come_and_go_with_a_region_that_ends_inside_one() {
 /// A file on huge pages that are not there; `None` where the system knows no huge pages.
 fn huge_file() -> Option<OwnedFd> {
     let huge = rustix::fs::memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB);
-    let huge = huge.inspect_err(|error| eprintln!("not tried with huge pages: {error}")).ok()?;
+    let huge = huge.inspect_err(|error| not_tested(&format!("no files on huge pages: {error}"))).ok()?;
     rustix::fs::ftruncate(&huge, HUGE_LEN as u64).expect("a length");
     Some(huge)
 }

@@ -9,6 +9,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, 
 
 use super::*;
 use crate::net::header::{FLAG_NEEDS_CSUM, Header};
+use crate::not_tested::not_tested;
 
 #[test]
 fn names_are_checked_before_the_kernel_sees_them() {
@@ -46,7 +47,7 @@ fn in_a_namespace(test: &str, body: fn()) {
         return body();
     }
     if !nix::unistd::geteuid().is_root() || !std::path::Path::new(DEVICE).exists() {
-        eprintln!("{test}: needs root and {DEVICE}");
+        not_tested(&format!("it takes root and {DEVICE}"));
         return;
     }
     let output = Command::new("unshare")
