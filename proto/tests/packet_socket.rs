@@ -1,5 +1,8 @@
 //! Control packets over real sockets.
 
+#[path = "../../tests/src/not_tested.rs"]
+mod not_tested;
+
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -9,6 +12,7 @@ use iotlb_proto::control::{MESSAGE_MAX, WorkerMessage, decode, encode};
 use iotlb_proto::socket::packet::PACKET_FDS_MAX;
 use iotlb_proto::socket::{AddressError, PacketError, PacketListener, PacketSocket, ReceivedPacket};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use not_tested::not_tested;
 
 const WATCHDOG_MS: u32 = 20_000;
 
@@ -203,10 +207,17 @@ fn listening_connecting_and_who_is_there() {
     let inode = |fd: OwnedFd| nix::sys::stat::fstat(&fd).expect("fstat").st_ino;
     let ours = rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty());
     let ours = inode(ours.expect("a pidfd"));
-    let pidfd = daemon.peer_pidfd().expect("a pidfd");
-    assert!(is_close_on_exec(&pidfd));
-    assert_eq!(inode(pidfd), ours);
-    assert_eq!(inode(worker.peer_pidfd().expect("a pidfd")), ours);
+    match daemon.peer_pidfd() {
+        Err(PacketError::Peer(error)) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
+            not_tested("SO_PEERPIDFD takes Linux 6.5");
+        }
+        pidfd => {
+            let pidfd = pidfd.expect("a pidfd");
+            assert!(is_close_on_exec(&pidfd));
+            assert_eq!(inode(pidfd), ours);
+            assert_eq!(inode(worker.peer_pidfd().expect("a pidfd")), ours);
+        }
+    }
 
     worker.send_blocking(&[1, 2], &[], WATCHDOG_MS).expect("sends");
     assert_eq!(daemon.receive_blocking(WATCHDOG_MS).expect("receives").0, [1, 2]);

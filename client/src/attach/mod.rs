@@ -297,7 +297,7 @@ fn first_answer(channel: &Channel, patience: &Patience<'_>) -> Result<(DaemonMes
 }
 
 /// A descriptor that stands for this process. Where `pidfd_open` is not known (valgrind 3.19, under which the hot paths
-/// are counted, is one such place), the other end of a socket pair names the same process.
+/// are counted, is one such place), the other end of a socket pair names the same process, from Linux 6.5 on.
 fn own_pidfd() -> io::Result<OwnedFd> {
     match rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()) {
         Err(rustix::io::Errno::NOSYS) => {
