@@ -18,8 +18,9 @@ pub fn in_a_namespace(test: &str) -> bool {
         not_tested("it takes root and /dev/net/tun");
         return false;
     }
+    // In the process group of the run, so that what ends the run ends this too.
     let output = Command::new("unshare")
-        .args(["-n", "timeout", "120"])
+        .args(["-n", "timeout", "--foreground", "120"])
         .arg(std::env::current_exe().expect("a test binary has a path"))
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env(INSIDE, "1")

@@ -50,8 +50,9 @@ fn in_a_namespace(test: &str, body: fn()) {
         not_tested(&format!("it takes root and {DEVICE}"));
         return;
     }
+    // In the process group of the run, so that what ends the run ends this too.
     let output = Command::new("unshare")
-        .args(["-n", "timeout", "60"])
+        .args(["-n", "timeout", "--foreground", "60"])
         .arg(std::env::current_exe().expect("a test binary has a path"))
         .args(["--exact", &format!("net::tap::tests::{test}"), "--nocapture", "--test-threads=1"])
         .env(INSIDE, "1")
