@@ -15,6 +15,7 @@ use iotlb_proto::sync::{AtomicU32, Ordering};
 use rustix::fs::{FallocateFlags, SealFlags};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use support::program::Program;
 use support::{Daemon, Memory, wait_readable, wait_until};
 
 /// Where the child finds the daemon of the test.
@@ -48,7 +49,7 @@ fn run_child(plant: bool) -> ExitStatus {
     if plant {
         command.env(PLANT, "1");
     }
-    let mut child = command.spawn().expect("the child starts");
+    let mut child = Program::start(&mut command);
 
     let mut daemon = Daemon::new();
     assert!(wait_readable(listener.as_fd(), support::PATIENCE), "the child does not connect");

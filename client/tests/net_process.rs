@@ -10,6 +10,7 @@ use net_support::{Socket, Stage, end, fragment, ping, signal, terminate};
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal};
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
+use support::program::Program;
 use support::{Daemon, PATIENCE, Watchdog, wait_readable, wait_until};
 
 #[test]
@@ -101,7 +102,7 @@ fn a_log_that_is_full_keeps_nothing_waiting() {
     assert_eq!(rustix::io::write(&writer, &vec![0; size]), Ok(size), "the pipe is full");
     let socket = Socket::new();
     let mut command = socket.command(&["--queues", "0,1", "--echo"]);
-    let mut worker = command.stderr(writer).spawn().expect("the worker starts");
+    let mut worker = Program::start(command.stderr(writer));
     let mut stage = Stage::attach(&socket);
     stage.post_receive_buffers(10);
     stage.send(&fragment(0, &ping(b"hello")));

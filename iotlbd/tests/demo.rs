@@ -1,5 +1,8 @@
 //! The demo as a user runs it: real processes, real sockets, a real daemon.
 
+#[path = "../../tests/src/program.rs"]
+mod program;
+
 use std::io::Read;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
@@ -7,6 +10,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use program::end_with_test;
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -25,6 +29,7 @@ fn start(arguments: &[&str]) -> Child {
 fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_iotlbd"));
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    end_with_test(&mut command);
     command
 }
 

@@ -8,7 +8,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use iotlb_proto::access::Access;
@@ -25,6 +25,7 @@ use iotlbd::sim::channel::Channel;
 use iotlbd::sim::front_end::{FrontEnd, FrontEndOptions};
 use iotlbd::sim::wire::{Iotlb, MessageHeader, code};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, send, sendmsg};
+use server_support::program::Program;
 use server_support::{RawWorker, Running, TIMEOUT_MS, hear, say, started_front_end, started_front_end_with, watchdog};
 
 const IOVA: u64 = 0x10_0000;
@@ -73,19 +74,19 @@ fn child_that_gives_nothing_up() {
 }
 
 /// A worker process that owns queue 0 and holds a pin.
-fn child(server: &Running) -> Child {
+fn child(server: &Running) -> Program {
     child_of(server, "child_that_pins_and_hangs")
 }
 
 /// A worker process that holds a pin.
-fn child_of(server: &Running, what: &str) -> Child {
-    let mut child = Command::new(std::env::current_exe().expect("own path"))
-        .args(["--exact", what, "--nocapture"])
-        .env(CHILD_CONTROL, server.control())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("starts");
+fn child_of(server: &Running, what: &str) -> Program {
+    let mut child = Program::start(
+        Command::new(std::env::current_exe().expect("own path"))
+            .args(["--exact", what, "--nocapture"])
+            .env(CHILD_CONTROL, server.control())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped()),
+    );
     let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
     assert!(lines.any(|line| line.expect("readable").contains("pinned")), "the child ended too early");
     child

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 
 use iotlb_proto::access::Access;
 use iotlb_proto::control::{DaemonMessage, WorkerMessage};
@@ -20,6 +20,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
 use server_support::not_tested::not_tested;
+use server_support::program::Program;
 use server_support::{RawWorker, TIMEOUT_MS, connect, hear, say, started_front_end, watchdog};
 
 const CHILD_CONTROL: &str = "IOTLBD_TEST_CHILD_CONTROL";
@@ -29,8 +30,8 @@ const IDLE_SECONDS_MAX: usize = 5;
 
 /// A daemon as a process, with its sockets in a directory of its own.
 struct Daemon {
+    child: Program,
     directory: tempfile::TempDir,
-    child: Child,
 }
 
 fn command(directory: &Path) -> Command {
@@ -64,9 +65,9 @@ impl Daemon {
 
     fn start_as(change: impl FnOnce(&mut Command) -> &mut Command) -> Daemon {
         let directory = tempfile::tempdir().expect("temporary directory");
-        let child = change(&mut with_socket(directory.path())).spawn().expect("starts");
+        let child = Program::start(change(&mut with_socket(directory.path())));
         wait_for(&directory.path().join("control"));
-        let daemon = Daemon { directory, child };
+        let daemon = Daemon { child, directory };
         // Attaching waits until it serves.
         RawWorker::attach(&daemon.control()).leave();
         daemon
@@ -213,12 +214,12 @@ fn a_second_daemon_is_told_why_not() {
 #[test]
 fn a_killed_daemon_leaves_nothing_in_the_way_of_the_next() {
     let _watchdog = watchdog();
-    let Daemon { directory, mut child } = Daemon::start();
+    let Daemon { mut child, directory } = Daemon::start();
     child.kill().expect("killed");
     child.wait().expect("ended");
     assert!(directory.path().join("control").exists(), "nobody cleaned up");
-    let child = with_socket(directory.path()).spawn().expect("starts");
-    let daemon = Daemon { directory, child };
+    let child = Program::start(&mut with_socket(directory.path()));
+    let daemon = Daemon { child, directory };
     // The old socket refuses until the new one is in its place.
     wait_for(&daemon.control());
     RawWorker::attach(&daemon.control()).leave();
@@ -259,7 +260,7 @@ fn capabilities_are_printed_whatever_else_is_said() {
 }
 
 /// Starts the daemon with `fd` inherited as descriptor 3.
-fn with_descriptor(directory: &Path, fd: &OwnedFd) -> Child {
+fn with_descriptor(directory: &Path, fd: &OwnedFd) -> Program {
     let number = fd.as_raw_fd();
     let mut command = command(directory);
     command.arg("--fd=3");
@@ -271,7 +272,7 @@ fn with_descriptor(directory: &Path, fd: &OwnedFd) -> Child {
             if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
         });
     }
-    command.spawn().expect("starts")
+    Program::start(&mut command)
 }
 
 #[test]
@@ -283,7 +284,7 @@ fn a_listening_descriptor_serves_one_front_end_after_the_other() {
     let listener = OwnedFd::from(UnixListener::bind(&path).expect("binds"));
     let child = with_descriptor(directory.path(), &listener);
     drop(listener);
-    let daemon = Daemon { directory, child };
+    let daemon = Daemon { child, directory };
     for _ in 0..3 {
         drop(FrontEnd::connect(&path, guest(), FrontEndOptions::default()).expect("served"));
     }
@@ -301,7 +302,7 @@ fn a_connected_descriptor_is_served_and_then_it_ends() {
     let theirs = OwnedFd::from(theirs);
     let child = with_descriptor(directory.path(), &theirs);
     drop(theirs);
-    let daemon = Daemon { directory, child };
+    let daemon = Daemon { child, directory };
     drop(FrontEnd::over(ours, guest(), FrontEndOptions::default()).expect("served"));
     let (status, log) = daemon.end();
     assert!(status.success(), "{log}");
@@ -353,7 +354,7 @@ fn the_daemon_takes_as_many_descriptors_as_it_may() {
     unsafe {
         command.pre_exec(move || Ok(setrlimit(Resource::Nofile, Rlimit { current: Some(100), ..limit })?));
     }
-    let daemon = Daemon { child: command.spawn().expect("starts"), directory };
+    let daemon = Daemon { child: Program::start(&mut command), directory };
     wait_for(&daemon.control());
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.child.id())).expect("readable");
     let line = limits.lines().find(|line| line.starts_with("Max open files")).expect("a line");
@@ -543,13 +544,13 @@ fn nothing_leaks_when_workers_are_killed() {
     };
     let before = settled();
     for _ in 0..50 {
-        let mut child = Command::new(std::env::current_exe().expect("own path"))
-            .args(["--exact", "child_that_attaches_and_hangs", "--nocapture"])
-            .env(CHILD_CONTROL, daemon.control())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("starts");
+        let mut child = Program::start(
+            Command::new(std::env::current_exe().expect("own path"))
+                .args(["--exact", "child_that_attaches_and_hangs", "--nocapture"])
+                .env(CHILD_CONTROL, daemon.control())
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped()),
+        );
         let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
         assert!(lines.any(|line| line.expect("readable").contains("attached")), "the child ended too early");
         child.kill().expect("killed");

@@ -11,6 +11,7 @@ pub mod containers;
 pub mod guest;
 pub mod not_tested;
 pub mod processors;
+mod program;
 
 /// The README's Rust code, so that it keeps compiling.
 #[cfg(doctest)]

@@ -6,7 +6,7 @@ mod support;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::Command;
 
 use iotlb_proto::access::Access;
 use iotlb_proto::control::{DaemonMessage, QueueLease, WorkerMessage};
@@ -16,6 +16,7 @@ use iotlb_proto::sync::Ordering;
 use iotlb_proto::table::QueueRecord;
 use iotlb_proto::worker::Answer;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use support::program::Program;
 use support::{Daemon, Memory, Next, eventfd, take_count, wait_readable, wait_until};
 
 /// Compiles a program of this crate. Warnings are errors.
@@ -56,31 +57,14 @@ fn admit(daemon: &mut Daemon, listener: &OwnedFd) -> String {
     hello.label
 }
 
-/// A program that does not outlive the test.
-struct Running(Child);
-
-impl Running {
-    fn start(command: &mut Command) -> Running {
-        Running(command.spawn().expect("it starts"))
-    }
-
-    /// Waits for its end.
-    fn ended(mut self) {
-        let mut status = None;
-        wait_until("the program ends", || {
-            status = self.0.try_wait().expect("wait");
-            status.is_some()
-        });
-        assert!(status.is_some_and(|status| status.success()), "{status:?}");
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // An Err: it has ended.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// Waits for the end of a program.
+fn ended(mut program: Program) {
+    let mut status = None;
+    wait_until("the program ends", || {
+        status = program.try_wait().expect("wait");
+        status.is_some()
+    });
+    assert!(status.is_some_and(|status| status.success()), "{status:?}");
 }
 
 fn whole(is_static: bool) {
@@ -88,7 +72,7 @@ fn whole(is_static: bool) {
     let program = compiled("tests/c/whole.c", folder.path(), is_static);
     let path = folder.path().join("control.sock");
     let listener = listener(&path);
-    let running = Running::start(Command::new(program).arg(&path));
+    let running = Program::start(Command::new(program).arg(&path));
     // One comes over a socket that the program has connected by itself, and goes.
     let mut daemon = Daemon::new();
     assert_eq!(admit(&mut daemon, &listener), "by hand");
@@ -159,7 +143,7 @@ fn whole(is_static: bool) {
     assert_eq!(queues, [3]);
     daemon.send(&DaemonMessage::Revoke, &[]);
     while daemon.try_receive().is_some() {}
-    running.ended();
+    ended(running);
     assert_eq!(memory.peek(5 * PAGE_SIZE - 4, 4), b"leLY");
     assert_eq!(memory.peek(9 * PAGE_SIZE, 4), b"HAck");
 }
@@ -185,7 +169,7 @@ fn the_example_copies_what_it_has_to_ask_for() {
     let mut command = Command::new(&program);
     command.arg(&path).args([format!("{iova:#x}"), length.to_string()]);
     let copied = folder.path().join("copied");
-    let running = Running::start(command.stdout(File::create(&copied).expect("a file")));
+    let running = Program::start(command.stdout(File::create(&copied).expect("a file")));
     let mut daemon = Daemon::new();
     assert_eq!(admit(&mut daemon, &listener), "peek");
     let memory = Memory::new(3 * PAGE_SIZE);
@@ -200,7 +184,7 @@ fn the_example_copies_what_it_has_to_ask_for() {
         table.insert(IovaRange::page_of(page), target, Access::READ).expect("room");
         if page == 0x8000 { Next::Last(Answer::Resolved) } else { Next::Answer(Answer::Resolved) }
     });
-    running.ended();
+    ended(running);
     let copied = std::fs::read(copied).expect("what was copied");
     serving.join().expect("all were asked for");
     let page = usize::try_from(PAGE_SIZE).expect("small");

@@ -17,6 +17,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal};
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 
+use crate::support::program::Program;
 use crate::support::{Daemon, Memory, Next, PATIENCE, eventfd, take_count, wait_readable, wait_until};
 
 pub const FEATURES: u64 =
@@ -54,8 +55,8 @@ impl Socket {
         Socket { listener, path, _directory: directory }
     }
 
-    pub fn worker(&self, arguments: &[&str]) -> Child {
-        self.command(arguments).spawn().expect("the worker starts")
+    pub fn worker(&self, arguments: &[&str]) -> Program {
+        Program::start(&mut self.command(arguments))
     }
 
     pub fn command(&self, arguments: &[&str]) -> Command {
@@ -66,14 +67,14 @@ impl Socket {
     }
 
     /// A worker that finds `signal` to do this when it starts: whoever runs the tests may have it ignored.
-    pub fn worker_with(&self, signal: Signal, handler: SigHandler) -> Child {
+    pub fn worker_with(&self, signal: Signal, handler: SigHandler) -> Program {
         let mut command = self.command(&["--queues", "0,1", "--echo"]);
         // SAFETY: between fork and exec only sigaction is called, which is async-signal-safe, and no function is
         // registered.
         unsafe {
             command.pre_exec(move || Ok(nix::sys::signal::signal(signal, handler).map(drop)?));
         }
-        command.spawn().expect("the worker starts")
+        Program::start(&mut command)
     }
 }
 
@@ -363,13 +364,13 @@ pub fn signal(child: &Child, signal: Signal) {
     nix::sys::signal::kill(pid, signal).expect("our own child");
 }
 
-pub fn terminate(child: Child) {
+pub fn terminate(child: Program) {
     signal(&child, Signal::SIGTERM);
     end(child);
 }
 
 /// Waits for the clean end that a signal asked for.
-pub fn end(child: Child) {
+pub fn end(child: Program) {
     let output = child.wait_with_output().expect("it ends");
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{:?}: {log}", output.status);

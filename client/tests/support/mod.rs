@@ -4,6 +4,8 @@
 pub mod namespace;
 #[path = "../../../tests/src/not_tested.rs"]
 pub mod not_tested;
+#[path = "../../../tests/src/program.rs"]
+pub mod program;
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::{MaybeUninit, offset_of};

@@ -4,6 +4,8 @@
 
 #[path = "../../../tests/src/not_tested.rs"]
 pub mod not_tested;
+#[path = "../../../tests/src/program.rs"]
+pub mod program;
 
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -12,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{PidfdFlags, pidfd_open};
 
 use super::{GuestError, Logs};
+use crate::program::end_with_test;
 
 /// How long a program may take to end when asked to.
 const END_LIMIT: Duration = Duration::from_secs(10);
@@ -35,7 +35,7 @@ impl Process {
         let start_error = |source| GuestError::Start { program: name.to_string(), source };
         let errors = log.try_clone().map_err(start_error)?;
         command.stdin(Stdio::null()).stdout(log).stderr(errors);
-        end_with_parent(&mut command);
+        end_with_test(&mut command);
         let mut child = command.spawn().map_err(start_error)?;
         // The child was not waited for, so its number is still its own.
         let pidfd = i32::try_from(child.id())
@@ -139,7 +139,7 @@ impl Drop for Process {
 /// [`GuestError::Start`], or [`GuestError::Failed`] when it does not succeed.
 pub(crate) fn run(command: &mut Command) -> Result<String, GuestError> {
     let program = format!("{command:?}");
-    end_with_parent(command);
+    end_with_test(command);
     let output = command
         .stdin(Stdio::null())
         .output()
@@ -165,17 +165,6 @@ pub(crate) fn readable(descriptors: &[BorrowedFd<'_>], deadline: Instant) -> Res
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(GuestError::io("poll")(error.into())),
         }
-    }
-}
-
-/// Has the kernel kill the child when the calling thread ends: nothing is left behind by a test that is killed itself.
-fn end_with_parent(command: &mut Command) {
-    // SAFETY: between fork and exec only async-signal-safe functions may be called. prctl is a plain system call, and
-    // the closure neither allocates nor takes a lock.
-    unsafe {
-        command.pre_exec(|| {
-            nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(|error| io::Error::from_raw_os_error(error as i32))
-        });
     }
 }
 
