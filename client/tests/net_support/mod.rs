@@ -206,8 +206,7 @@ impl Stage {
 
     pub fn serve_misses(&self) {
         let pages = self.pages.clone();
-        // Ends with the test's process.
-        drop(self.daemon.serve_misses(move |table, request| {
+        self.daemon.serve_all_misses(move |table, request| {
             if request.range.first() == WITHHELD {
                 return Next::Silence;
             }
@@ -224,7 +223,7 @@ impl Stage {
                 page += PAGE_SIZE;
             }
             Next::Answer(if granted { Answer::Resolved } else { Answer::Denied })
-        }));
+        });
     }
 
     pub fn target(&self, iova: u64) -> u64 {

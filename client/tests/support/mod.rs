@@ -6,11 +6,13 @@ pub mod namespace;
 pub mod not_tested;
 #[path = "../../../tests/src/program.rs"]
 pub mod program;
+#[path = "../../../tests/src/watchdog.rs"]
+mod watchdog;
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::{MaybeUninit, offset_of};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -30,6 +32,7 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, SocketFlags, SocketType,
 };
+pub use watchdog::Watchdog;
 
 /// Bytes of the test's table.
 pub const TABLE_SIZE: u64 = 4 << 20;
@@ -41,22 +44,6 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub const PATIENCE_MS: u32 = 60_000;
 /// Which worker the daemon takes the client for.
 pub const INCARNATION: u64 = 0x1234_5678_9abc_def0;
-
-/// Ends the process when a test hangs.
-pub struct Watchdog(#[allow(dead_code)] Sender<()>);
-
-impl Watchdog {
-    pub fn new() -> Watchdog {
-        let (alive, ends) = mpsc::channel();
-        std::thread::spawn(move || {
-            if ends.recv_timeout(3 * PATIENCE) == Err(RecvTimeoutError::Timeout) {
-                eprintln!("a test hangs");
-                std::process::abort();
-            }
-        });
-        Watchdog(alive)
-    }
-}
 
 /// Looks until `condition` holds.
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
@@ -261,20 +248,35 @@ impl Daemon {
         }
     }
 
-    /// Answers misses with `answer` in a thread of its own until it says that this was the last one.
+    /// Answers misses with `answer` in a thread of its own until it says that this was the last one. It does not wait
+    /// for ever for the next.
     pub fn serve_misses(
         &self,
+        answer: impl FnMut(&mut TableWriter, MissRequest) -> Next + Send + 'static,
+    ) -> JoinHandle<()> {
+        self.serve(Some(PATIENCE), answer)
+    }
+
+    /// The same for misses that may come or not, as long as the test's process lives.
+    pub fn serve_all_misses(&self, answer: impl FnMut(&mut TableWriter, MissRequest) -> Next + Send + 'static) {
+        drop(self.serve(None, answer));
+    }
+
+    fn serve(
+        &self,
+        patience: Option<Duration>,
         mut answer: impl FnMut(&mut TableWriter, MissRequest) -> Next + Send + 'static,
     ) -> JoinHandle<()> {
         let (table, segment) = (Arc::clone(&self.table), Arc::clone(&self.segment));
         let doorbell = self.doorbell.try_clone().expect("a descriptor");
         self.table().set_doorbell_wanted(true);
         std::thread::spawn(move || {
-            let start = Instant::now();
+            let mut last = Instant::now();
             loop {
-                assert!(start.elapsed() < PATIENCE, "no miss came");
+                assert!(patience.is_none_or(|patience| last.elapsed() < patience), "no miss came");
                 let mut posted = Vec::new();
                 segment.take_posted(|cell| posted.push(cell));
+                let any = !posted.is_empty();
                 for cell in posted {
                     let cell = &segment.cells[usize::from(cell)];
                     let (ticket, next) = match cell.take() {
@@ -293,6 +295,9 @@ impl Daemon {
                     if matches!(next, Next::Last(_)) {
                         return;
                     }
+                }
+                if any {
+                    last = Instant::now();
                 }
                 if !wait_readable(doorbell.as_fd(), Duration::from_millis(100)) {
                     continue;

@@ -5,6 +5,9 @@ use std::process::{Command, Stdio};
 
 use super::not_tested::not_tested;
 
+/// Long after any test has ended: only a hang gets here.
+const HANG_S: &str = "600";
+
 /// Set in the copy of a test that runs in a namespace.
 const INSIDE: &str = "IOTLB_NET_TEST_INSIDE";
 
@@ -20,7 +23,7 @@ pub fn in_a_namespace(test: &str) -> bool {
     }
     // In the process group of the run, so that what ends the run ends this too.
     let output = Command::new("unshare")
-        .args(["-n", "timeout", "--foreground", "120"])
+        .args(["-n", "timeout", "--foreground", HANG_S])
         .arg(std::env::current_exe().expect("a test binary has a path"))
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env(INSIDE, "1")

@@ -6,13 +6,13 @@
 pub mod not_tested;
 #[path = "../../../tests/src/program.rs"]
 pub mod program;
+#[path = "../../../tests/src/watchdog.rs"]
+mod watchdog;
 
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use iotlb_proto::access::Access;
 use iotlb_proto::control::message::{CONTROL_VERSION, HELLO_MAGIC};
@@ -27,24 +27,13 @@ use iotlbd::server::{DeviceKind, FrontEndSource, Server, ServerConfig, ServerErr
 use iotlbd::sim::front_end::{FrontEnd, FrontEndOptions, RingAddresses};
 use iotlbd::sim::guest::Guest;
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
+use watchdog::Watchdog;
 
 /// Longest wait for one message.
 pub const TIMEOUT_MS: u32 = 20_000;
 
-/// Ends the whole test program when a test takes too long: a hang must not hang its caller.
-pub struct Watchdog {
-    _alive: Sender<()>,
-}
-
 pub fn watchdog() -> Watchdog {
-    let (alive, ended) = channel::<()>();
-    std::thread::spawn(move || {
-        if ended.recv_timeout(Duration::from_secs(90)) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
-            eprintln!("the watchdog bites: a test hangs");
-            std::process::abort();
-        }
-    });
-    Watchdog { _alive: alive }
+    Watchdog::new()
 }
 
 /// A server in a thread of this process.

@@ -37,6 +37,9 @@ fn offloads_follow_the_acknowledged_features() {
     assert_eq!(offloads(virtio::NET_GUEST_CSUM | virtio::NET_GUEST_ECN), 1);
 }
 
+/// Long after any test has ended: only a hang gets here.
+const HANG_S: &str = "600";
+
 /// Set in the copy of this test that runs in a namespace.
 const INSIDE: &str = "IOTLB_TAP_TEST_INSIDE";
 
@@ -52,7 +55,7 @@ fn in_a_namespace(test: &str, body: fn()) {
     }
     // In the process group of the run, so that what ends the run ends this too.
     let output = Command::new("unshare")
-        .args(["-n", "timeout", "--foreground", "60"])
+        .args(["-n", "timeout", "--foreground", HANG_S])
         .arg(std::env::current_exe().expect("a test binary has a path"))
         .args(["--exact", &format!("net::tap::tests::{test}"), "--nocapture", "--test-threads=1"])
         .env(INSIDE, "1")
