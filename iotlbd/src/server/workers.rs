@@ -116,13 +116,17 @@ impl EventLoop {
                     return;
                 }
                 let mut leased = Vec::new();
+                self.note_progress_of(id);
                 for queue in queues {
-                    let is_new = self.leases.get(queue).is_none();
+                    let had = self.leases.get(queue).is_some();
                     let answer = match self.leases.claim(queue, id, claim) {
                         Ok(()) => {
-                            if is_new {
-                                self.clear_progress(id, queue);
+                            if had {
+                                // It gave the queue back before: where the release finds no room in the socket, it
+                                // comes behind the next claim.
+                                self.device.owner_left(queue);
                             }
+                            self.clear_progress(id, queue);
                             leased.push(queue);
                             Outgoing::Lease { queue, claim }
                         }
