@@ -420,6 +420,30 @@ fn an_answer_that_takes_long_is_looked_for_while_others_are_served() {
     assert_eq!(stage.backlog.len(), 1);
 }
 
+#[test]
+fn a_wish_that_is_denied_while_something_else_takes_long_is_asked_for_once() {
+    let mut stage = Stage::new();
+    stage.post_at(&[page(0)], 0);
+    // Apart from it, so that it is a request of its own: a wish.
+    stage.post_at(&[page(8)], 0);
+    assert_eq!(stage.run(), Step::Missing);
+    let requests = asked(&stage.daemon);
+    assert_eq!(pages(&requests), [page(0), page(8)]);
+    // The thread has slept for what it needs, in vain.
+    while !matches!(stage.wait(), Some(Step::Later(_))) {
+        assert_eq!(stage.run(), Step::Missing);
+    }
+    say(&stage.daemon, requests[1], Answer::Denied);
+    for _ in 0..3 {
+        assert_eq!((stage.run(), asked(&stage.daemon)), (Step::Missing, vec![]));
+        let step = stage.wait();
+        assert!(matches!(step, Some(Step::Later(_))), "{step:?}: to sleep again, others would wait");
+    }
+    answer(&stage.daemon, requests[0]);
+    wait_until("the packet", || stage.run() == Step::Missing && stage.backlog.len() == 1);
+    assert_eq!(pages(&asked(&stage.daemon)), [page(8)], "now it is needed");
+}
+
 /// A region that the worker could not map: its file is too short.
 const UNMAPPED: u64 = 32 << 20;
 

@@ -31,8 +31,6 @@ pub(super) struct Asked {
     requests: Vec<Request>,
     /// Queue records were these.
     queue_generation: u64,
-    /// Since when there was a wait without any answer.
-    waiting_since: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -42,6 +40,8 @@ struct Request {
     /// What it stood in the way of when it was made. `None`: it is a wish, perhaps of several chains.
     required_by: Option<MissPlace>,
     ticket: Ticket,
+    /// When the thread slept on it, in vain so far.
+    slept_at: Option<Instant>,
 }
 
 /// How a wait ended.
@@ -117,18 +117,14 @@ impl Asked {
             Some((at, Refusal::of(answer, request, set)?))
         });
         let (at, refusal) = refusals.min_by_key(|(_, refusal)| *refusal == Refusal::Unanswered)?;
-        self.remove(at);
+        self.requests.swap_remove(at);
         Some(refusal)
     }
 
     /// Forgets what was answered, denials included: those of what a set needs are to be taken before, and what was only
     /// a wish is asked for again when its turn comes.
     pub(super) fn forget_answered(&mut self, reader: &mut Reader) {
-        let before = self.requests.len();
         self.requests.retain_mut(|request| reader.poll(&mut request.ticket).is_none());
-        if self.requests.len() < before {
-            self.waiting_since = None;
-        }
     }
 
     /// Forgets what was asked for under other queue records: what a ring that was set up since has at the same place
@@ -143,7 +139,8 @@ impl Asked {
     ///
     /// Each page is asked for once, however its neighbours were counted to it then and now: a second request that the
     /// daemon takes up only after the chain was served and its page unmapped would show up as a fault in the guest's
-    /// log.
+    /// log. While what is needed takes long, nothing more is wished for: a wish that is denied is forgotten, and would
+    /// be asked for again at each look.
     ///
     /// # Errors
     /// See [`Reader::request_all`].
@@ -152,17 +149,20 @@ impl Asked {
         let mut new = Vec::new();
         required.iter().for_each(|miss| self.add_unasked(miss, &mut new));
         let required = new.len();
-        wishes.iter().for_each(|miss| self.add_unasked(miss, &mut new));
+        if self.requests.iter().all(|request| request.slept_at.is_none()) {
+            wishes.iter().for_each(|miss| self.add_unasked(miss, &mut new));
+        }
         let tickets = reader.request_all(new.iter().map(|miss| (miss.iova, miss.len, miss.access)))?;
         self.requests.extend(new.into_iter().zip(tickets).enumerate().map(|(number, (miss, ticket))| Request {
             miss,
             required_by: (number < required).then_some(set.place),
             ticket,
+            slept_at: None,
         }));
         Ok(())
     }
 
-    /// Waits for as much of `set` as [`awaited`] says, but sleeps only once until something comes.
+    /// Waits for as much of `set` as [`awaited`] says, but sleeps only once for each answer.
     ///
     /// # Errors
     /// [`ResolveError::DaemonDead`] and [`ResolveError::Revoked`] only.
@@ -173,11 +173,11 @@ impl Asked {
         // From the last on: answers come in order, so this mostly sleeps once.
         for miss in set.misses[..count].iter().rev() {
             while let Some(at) = self.overlapping(miss) {
-                let ticket = &mut self.requests[at].ticket;
-                let answer = match self.waiting_since {
+                let Request { ticket, slept_at, .. } = &mut self.requests[at];
+                let answer = match slept_at {
                     Some(_) => reader.poll(ticket),
                     None => {
-                        self.waiting_since = Some(Instant::now());
+                        *slept_at = Some(Instant::now());
                         match reader.wait(ticket, SLEEP_MS) {
                             Ok(answer) => Some(answer),
                             Err(error @ (ResolveError::DaemonDead | ResolveError::Revoked)) => return Err(error),
@@ -191,7 +191,7 @@ impl Asked {
                     return Ok(if waited == Waited::Answered { waited } else { self.still_waits(reader, set, at) });
                 };
                 waited = Waited::Answered;
-                let request = self.remove(at);
+                let request = self.requests.swap_remove(at);
                 // Of what is needed, not only of what is waited for: it may be both.
                 match Refusal::of(answer, &request, set) {
                     None => {}
@@ -209,22 +209,16 @@ impl Asked {
     /// The request at `at` has no answer, and was slept for already.
     fn still_waits(&mut self, reader: &mut Reader, set: &MissSet, at: usize) -> Waited {
         let now = Instant::now();
-        let since = *self.waiting_since.get_or_insert(now);
+        let since = *self.requests[at].slept_at.get_or_insert(now);
         let waited = now.duration_since(since);
         if waited < MISS_TIMEOUT {
             return Waited::Look(now + LOOK_PAUSE_MIN.max(waited / LOOK_PAUSE_PART));
         }
-        let request = self.remove(at);
+        let request = self.requests.swap_remove(at);
         match Refusal::of(Answer::TimedOut, &request, set) {
             Some(refusal) => Waited::Refused(self.take_refusal(reader, set).unwrap_or(refusal)),
             None => Waited::Answered,
         }
-    }
-
-    /// Takes out a request that is not waited for any more.
-    fn remove(&mut self, at: usize) -> Request {
-        self.waiting_since = None;
-        self.requests.swap_remove(at)
     }
 
     /// Adds those parts of `miss` to `new` that no request is out for.
