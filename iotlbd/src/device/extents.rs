@@ -52,6 +52,10 @@ impl Extents {
     /// Takes out all that `range` touches; returns it with them.
     fn take(&mut self, range: IovaRange) -> IovaRange {
         let mut whole = range;
+        if self.ranges.last_key_value().is_some_and(|(_, last)| *last <= range.last()) {
+            // As the flushes of a lazy guest. To take thousands one by one would be milliseconds.
+            drop(self.ranges.split_off(&range.first()));
+        }
         // From the highest down: where one does not reach into `range`, those below do not either.
         while let Some((&first, &last)) = self.ranges.range(..=range.last()).next_back()
             && last >= range.first()
@@ -106,6 +110,18 @@ mod tests {
         assert_eq!(extents.widen(last), IovaRange::page_of(u64::MAX));
         extents.add(IovaRange::new(7 * PAGE_SIZE + PAGE_MASK, 8 * PAGE_SIZE).expect("a range"));
         assert_eq!(extents.widen(pages(8, 1)).first(), 7 * PAGE_SIZE + PAGE_MASK);
+    }
+
+    #[test]
+    fn a_flush_takes_all_and_what_reaches_into_it() {
+        let mut extents = Extents::default();
+        (0..1000).for_each(|n| extents.add(pages(3 * n, 2)));
+        assert_eq!(extents.widen(pages(1501, 9000)), pages(1500, 9001));
+        assert_eq!(extents.ranges.len(), 500);
+        assert_eq!(extents.widen(pages(0, 1400)), pages(0, 1400));
+        assert_eq!(extents.ranges.len(), 33);
+        assert_eq!(extents.widen(IovaRange::ALL), IovaRange::ALL);
+        assert!(extents.ranges.is_empty());
     }
 
     #[test]
