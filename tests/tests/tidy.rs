@@ -91,6 +91,15 @@ fn no_debugging_left_behind() {
 }
 
 #[test]
+fn tests_say_nothing_that_is_not_shown() {
+    // Of a test that passes, or that ends the process, the harness shows nothing that these write.
+    let banned = ["eprintln", "eprint"].map(|name| format!("{name}!("));
+    let found = |call: &String| format!("{call}..): not shown; see tests/src/not_tested.rs");
+    let test = |line: &str| banned.iter().find(|call| line.contains(*call)).map(found);
+    none(files().iter().filter(|file| file.is_rust() && file.is_test()).flat_map(|file| file.findings(test)).collect());
+}
+
+#[test]
 fn every_module_says_what_it_is_for() {
     let ours = |file: &&File| {
         file.is_rust() && ["proto/", "iotlbd/", "client/", "tests/"].iter().any(|d| file.path.starts_with(d))

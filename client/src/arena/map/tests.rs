@@ -23,7 +23,7 @@ const HUGE_PAGE: u64 = 2 << 20;
 /// A file of two huge pages, whether there are some or not; `None` where the system knows none of this size.
 fn small_huge_file() -> Option<OwnedFd> {
     let huge = rustix::fs::memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB);
-    let huge = huge.inspect_err(|error| eprintln!("not tried with huge pages: {error}")).ok()?;
+    let huge = huge.inspect_err(|error| not_tested(&format!("no files on huge pages: {error}"))).ok()?;
     rustix::fs::ftruncate(&huge, 2 * HUGE_PAGE).expect("a length");
     Some(huge)
 }
