@@ -325,7 +325,7 @@ impl Lane {
     }
 
     /// Waits for some of what the last run missed; `None` at once if it missed nothing, or was waited for already.
-    /// Sleeps for some milliseconds at most, and not again before something came: others want to be served, too.
+    /// Sleeps for some milliseconds at most, and not twice for the same answer: others want to be served, too.
     ///
     /// # Errors
     ///

@@ -219,7 +219,7 @@ fn give_up(shared: &Shared, queue: u16, claim: u64) {
 
 /// Tells the daemon what was given back, while the socket has room. What is left over the control thread sends, so that
 /// the daemon does not keep a queue for a process that goes on without it. However late, it ends no other lease:
-/// if this process has claimed the queue anew meanwhile, the daemon has let the lease go on under that claim's number.
+/// if this process has claimed the queue anew meanwhile, the daemon took the claim for the release of the former lease.
 pub(crate) fn send_releases(shared: &Shared) {
     while let Some((queue, claim)) = shared.leases.next_owed() {
         match shared.channel.try_send(&WorkerMessage::ReleaseQueue { queue, claim }) {

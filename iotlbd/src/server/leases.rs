@@ -44,7 +44,7 @@ impl Leases {
         Leases { leases: vec![None; usize::from(queues)] }
     }
 
-    /// Gives `queue` to `worker`. If the worker has it already, the lease goes on under the new claim.
+    /// Gives `queue` to `worker`. If the worker has it already, the new claim takes the place of the former one.
     pub(crate) fn claim(&mut self, queue: u16, worker: WorkerId, claim: u64) -> Result<(), LeaseError> {
         let queues = self.leases.len();
         let lease = self.leases.get_mut(usize::from(queue)).ok_or(LeaseError::NoSuchQueue { queue, queues })?;
@@ -135,7 +135,7 @@ mod tests {
         let mut leases = Leases::new(1);
         leases.claim(0, A, 1).expect("free");
         assert_eq!(leases.claim(0, A, 2), Ok(()), "again is no error");
-        assert!(!leases.release(0, A, 1), "the lease goes on under the other claim");
+        assert!(!leases.release(0, A, 1), "it has it under the other claim");
         assert_eq!(leases.get(0), Some(Lease { owner: A, claim: 2 }));
         assert!(leases.release(0, A, 2));
         assert_eq!(leases.get(0), None);
